@@ -1,0 +1,68 @@
+"""Shared by all tests: the project is importable, one thread per test process, and where golden and real files are."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: tiny models gain nothing from a second thread
+torch.set_num_threads(1)
+GOLDEN = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
+
+
+@pytest.fixture(scope="session")
+def iglue():
+    """Folder with IGLUE's real annotation files, from the environment variable IGLUE_DIR."""
+    folder = os.environ.get("IGLUE_DIR")
+    if not folder:
+        pytest.skip("set IGLUE_DIR to a folder with IGLUE's annotation files to run this test")
+    return Path(folder).resolve()
+
+
+@pytest.fixture
+def deterministic():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder that stands for everything a user brings: data/ (the miniature's world, which trained tests share), tokenizer.model, and cclm.pt and uc2.pt,
+    tiny models with random weights in the official pre-training names, which bring a recipe of few small steps."""
+    import hashlib
+
+    import sentencepiece
+
+    import cclm
+    import mini_languages
+    import mini_world
+    import uc2
+    from model import file_tensors
+
+    folder = tmp_path_factory.mktemp("tiny")
+    mini_world.write_world(folder / "data", seed=1)
+    (folder / "rules.tsv").write_text(mini_languages.normalization_rules())
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(mini_world.tokenizer_corpus(3000, mini_world.WORLD_SIZES["small"], 0)), model_prefix=str(folder / "tokenizer"),
+        vocab_size=220, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_tsv=str(folder / "rules.tsv"),
+        num_threads=1, minloglevel=2)
+    sha256 = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
+    recipe = {"epochs": 2, "batch_size": 32, "lr": 1e-3, "suf_k": 1, "image_size": 32, "few_shot_epochs": 2, "few_shot_lrs": [1e-3, 1e-4]}
+    torch.manual_seed(0)
+    cclm_sizes = cclm.Sizes(32, 222, 3, 2, 2, 2, 48, 48, 66, 1, 32, 2, 2, 64, 16, 32, 16, decoder_positions=40)
+    uc2_sizes = uc2.Sizes(32, 222, 4, 2, 48, 66, 2, mini_world.FEATURE_WIDTH, 7)
+    for name, model in (("cclm", cclm.CCLM(cclm_sizes, "pretraining")), ("uc2", uc2.UC2(uc2_sizes, "pretraining"))):
+        for parameter in model.parameters():  # larger than at initialisation: predictions that depend on the input
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        config = model.config() | {"tokenizer_sha256": sha256, "recipe": dict.fromkeys(("xgqa", "xvnli", "xflickrco"), recipe)}
+        torch.save({"model": file_tensors(model), "config": config}, folder / f"{name}.pt")
+    return folder
+
+
+def train_command(tiny, model, task, run, *flags):
+    """Command line of a short training run on the tiny files."""
+    return [sys.executable, str(ROOT / "train.py"), "--model", model, "--task", task, "--data", str(tiny / "data"), "--checkpoint", str(tiny / f"{model}.pt"),
+            "--tokenizer", str(tiny / "tokenizer.model"), "--run-dir", str(run), "--limit", "128", "--workers", "0", *map(str, flags)]

@@ -1,0 +1,449 @@
+"""analysis.py and reproduce.py on small real runs of train.py, and their statistics against numbers worked out by hand."""
+
+import csv
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, train_command
+
+import analysis
+import data
+import eval as evaluation
+import mini_world
+import probe
+import recipes
+import reproduce
+import train
+from analysis import at_english
+from model import read_checkpoint
+from tables import pearson, sign_test, t_interval
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def row_of(path, **wanted):
+    """The one row of a CSV file whose columns are as wanted; `name` is the first column."""
+    wanted = {"" if column == "name" else column: str(content) for column, content in wanted.items()}
+    [row] = [row for row in rows_of(path) if all(row[column] == content for column, content in wanted.items())]
+    return row
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+RUNS = [("cclm", "xgqa", ["--eval-every-epoch", "--save-epochs"], 2), ("cclm", "xgqa", ["--suf", "--eval-every-epoch"], 2),
+        ("cclm", "xgqa", ["--lr-decay", "0.88"], 1), ("uc2", "xvnli", ["--eval-every-epoch", "--save-epochs"], 1), ("uc2", "xflickrco", [], 1),
+        ("uc2", "xgqa", [], 1), ("uc2", "xgqa", ["--suf"], 1)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def signals():
+    """What runs in this process handles signals; afterwards all is as it was."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tmp_path_factory):
+    """The files of `tiny` with a smaller world: 40 questions, statements or captions per language to test."""
+    folder = tmp_path_factory.mktemp("small")
+    mini_world.WORLD_SIZES["tiny"] = mini_world.WorldSize(gqa_train=12, gqa_valid=4, gqa_dev=6, gqa_test=10, shot_questions=1, xvnli_train=12,
+                                                          xvnli_dev=4, xvnli_test=10, flickr_train=24, flickr_valid=4, xflickrco_test=8)
+    mini_world.write_world(folder / "data", seed=1, size="tiny")
+    for name in ("cclm.pt", "uc2.pt", "tokenizer.model"):
+        (folder / name).symlink_to(tiny / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """A folder of runs as train.py makes them, and few-shot runs in German that go on from two of them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for model, task, flags, seeds in RUNS:
+        for seed in range(seeds):
+            name = recipes.strategy_name(recipes.parse_args(["--model", model, "--task", task, *flags], None))
+            train.main(train_command(small, model, task, folder / f"{model}-{task}-{name}-seed{seed}", *flags, "--seed", seed)[2:])
+    for strategy in ("standard", "suf"):
+        train.main(["--few-shot", "de", "--shots", "48", "--init", str(folder / f"uc2-xgqa-{strategy}-seed0"), "--workers", "0"])
+    return folder
+
+
+@pytest.fixture
+def edited(runs, tmp_path):
+    """Function: a copy of some runs in which the accuracies are the given ones. numbers: {run: [(English, every other language) per epoch]}."""
+
+    def edit(numbers):
+        for name, epochs in numbers.items():
+            shutil.copytree(runs / name, tmp_path / "edited" / name)
+            log = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
+            evaluations = [entry for entry in log if "languages" in entry]
+            for entry, (english, others) in zip(evaluations, epochs[-len(evaluations):], strict=True):
+                for language, scores in entry["languages"].items():
+                    scores["accuracy"] = english if language == "en" else others
+            (tmp_path / "edited" / name / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+            (tmp_path / "edited" / name / "results.json").write_text(json.dumps(evaluations[-1]))
+        return tmp_path / "edited"
+
+    return edit
+
+
+def analyse(*arguments):
+    analysis.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """-> the one line with which a command ends."""
+    with pytest.raises(SystemExit) as end:
+        analyse(*arguments)
+    error = capsys.readouterr().err.strip().split("\r")[-1]
+    assert end.value.code == 2 and error.startswith("error: ") and "\n" not in error
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_t_interval():
+    difference = t_interval([1.0, 2.0, 3.0])
+    assert (difference.mean, difference.n, difference.positive) == (2.0, 3, 3)
+    assert difference.low == pytest.approx(2 - 4.303 / math.sqrt(3)) and not difference.shown
+    sleep = t_interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])  # Student's own example
+    assert (sleep.mean, sleep.low, sleep.high) == pytest.approx((1.58, 0.7001, 2.4599), abs=1e-4) and sleep.shown
+    assert t_interval([5.0])[:4] == (5.0, None, None, 1) and not t_interval([5.0]).shown
+
+
+def test_sign_test():
+    assert sign_test([1, 2, 3]) == 0.25 and sign_test([1, -1]) == 1.0 and sign_test([0, 0]) == 1.0
+    assert sign_test([1, 1, 1, 1, 1, -1, 0]) == pytest.approx(2 * 7 / 64)
+
+
+def test_pearson():
+    assert pearson([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
+    assert pearson([1, 2, 3], [5, 5, 5]) is None and pearson([1, 2], [1, 2]) is None
+
+
+def test_accuracy_at_a_given_english():
+    curve = [(50.0, 40.0), (60.0, 44.0), (55.0, 41.0), (70.0, 38.0)]
+    assert at_english(curve, 55.0) == pytest.approx(42.0)  # half-way up to the second epoch, not the third
+    assert at_english(curve, 65.0) == pytest.approx(39.0)  # two thirds of the way from the third to the fourth
+    assert at_english(curve, 45.0) == 40.0 and at_english(curve, 71.0) is None
+
+
+def test_bootstrap():
+    """Two images, one with two items that both got better, one with one that did not: drawn twice, once or never, the better one gives 100, 200/3 or 0."""
+    outcomes = [(np.array([0, 0, 1]), np.array([1.0, 1.0, 0.0]))]
+    low, high = evaluation.paired_bootstrap(outcomes, 4000)
+    assert (low[0], high[0]) == (0.0, 100.0)
+    many = [(np.arange(1000), np.array([1.0] * 300 + [0.0] * 700))]  # 30 points, standard error sqrt(0.3 * 0.7 / 1000)
+    low, high = evaluation.paired_bootstrap(many, 4000)
+    assert (low[0], high[0]) == pytest.approx((30 - 1.96 * 1.449, 30 + 1.96 * 1.449), abs=0.25)
+    low, high = evaluation.paired_bootstrap([*many, (np.arange(1000), np.full(1000, -1.0))], 4000, [0, 1])  # and a language that always loses: the mean
+    assert (low, high) == pytest.approx((-35 - 1.96 * 1.449 / 2, -35 + 1.96 * 1.449 / 2), abs=0.15)
+
+
+def test_similarities():
+    vectors = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])  # two languages, two items
+    assert probe.similarity(vectors).tolist() == [[1.0, 0.5], [0.5, 1.0]]
+    assert probe.unpaired(vectors) == pytest.approx(0.75 * 0 + 0.25 + 0.25, abs=0.01)  # en-en 0, en-de 1/2, de-en 1/2, de-de 1
+    assert probe.unpaired(vectors) == probe.unpaired(vectors)
+
+
+def test_paper_numbers():
+    """Every row's mean is the printed one, but for the two that a footnote or rounding explains; alignment and accuracy correlate as section 5.1 says."""
+    for model, strategy, task, metric in analysis.PAPER:
+        row = analysis.paper(model, strategy, task, metric)
+        others = [number for language, number in row.items() if language not in ("en", "others")]
+        assert row.keys() - {"others"} == set(data.LANGUAGES[task])
+        mean = 21.957 if (model, strategy, metric) == ("uc2", "standard", "image_recall_at_1") else row["others"]
+        assert np.mean(others) == pytest.approx(mean, abs=0.08)
+    for (task, strategy), (similarity, _) in analysis.PAPER_ALIGNMENT.items():
+        accuracy = analysis.paper("uc2", strategy, task, "accuracy")
+        assert pearson(list(similarity.values()), [accuracy[language] for language in similarity]) > 0.9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def test_tables(runs, edited, tmp_path, capsys):
+    analyse("tables", runs, "--out", tmp_path)
+    out = capsys.readouterr().out
+    numbers = [read(runs / f"cclm-xgqa-standard-seed{seed}" / "results.json")["languages"] for seed in (0, 1)]
+    row = row_of(tmp_path / "table5.csv", name="CCLM, standard")
+    for language in data.LANGUAGES["xgqa"]:
+        a, b = (scores[language]["accuracy"] for scores in numbers)
+        assert float(row[language]) == pytest.approx((a + b) / 2) and row[f"{language} n"] == "2"
+        assert float(row[f"{language} sd"]) == pytest.approx(abs(a - b) / math.sqrt(2))
+    assert float(row_of(tmp_path / "table1.csv", name="CCLM, standard")["xGQA others"]) == pytest.approx(float(row["others"]))
+    # these runs are not on the miniature: the paper's numbers are beside them
+    assert row_of(tmp_path / "table1.csv", name="UC2, standard: paper")["XVNLI others"] == "61.7"
+    assert row_of(tmp_path / "table4.csv", name="UC2, standard: paper")["others"] == "61.9"
+    assert "in its Table 1, but 61.9" in out and "German 39.3 may be a misprint" in out
+    assert {row["recall"] for row in rows_of(tmp_path / "table6.csv")} == {"TR@1", "IR@1"}
+
+    folder = edited({"cclm-xgqa-standard-seed0": [(0, 0), (60, 40)]})
+    stored = read(folder / "cclm-xgqa-standard-seed0" / "args.json")
+    stored["args"]["miniature"] = True
+    (folder / "cclm-xgqa-standard-seed0" / "args.json").write_text(json.dumps(stored))
+    analyse("tables", folder, "--out", tmp_path / "mini")
+    assert [row[""] for row in rows_of(tmp_path / "mini" / "table1.csv")] == ["CCLM, standard"]
+
+
+def test_curves_and_equal_english(edited, tmp_path):
+    """At seed 0 both arms are compared where English is 60: standard is half-way between 44 and 40, SUF at its end. At seed 1 at 50."""
+    folder = edited({"cclm-xgqa-standard-seed0": [(50, 44), (70, 40)], "cclm-xgqa-suf-seed0": [(40, 42), (60, 52)],
+                     "cclm-xgqa-standard-seed1": [(30, 30), (50, 32)], "cclm-xgqa-suf-seed1": [(40, 40), (60, 44)], "cclm-xgqa-decay0.88-seed0": [(60, 30)]})
+    analyse("curves", folder, "--out", tmp_path)
+    path = tmp_path / "curves-cclm-xgqa-accuracy.csv"
+    assert [row["epoch"] for row in rows_of(path)] == ["1", "2"] * 2  # without the arm that was tested at the end only
+    assert float(row_of(path, name="SUF", epoch=1)["de"]) == 41 and float(row_of(path, name="standard", epoch=2)["en"]) == 60
+    row = row_of(tmp_path / "equal-english-cclm-xgqa-accuracy.csv", name="SUF")
+    assert (float(row["English"]), float(row["standard there"]), float(row["it there"])) == pytest.approx(((60 + 50) / 2, (42 + 32) / 2, (52 + 42) / 2))
+    assert float(row["difference"]) == pytest.approx(10) and float(row["difference after the last epoch"]) == pytest.approx(12)
+
+
+def test_types(runs, tmp_path):
+    analyse("types", runs, "--out", tmp_path)
+    [first] = [entry for entry in map(json.loads, (runs / "uc2-xvnli-standard-seed0" / "log.jsonl").read_text().splitlines()) if entry.get("epoch") == 1 and "languages" in entry]
+    row = row_of(tmp_path / "types-uc2-xvnli.csv", name="standard", epoch=1, languages="others")
+    others = [first["languages"][language]["by_type"] for language in ("ar", "es", "fr", "ru")]
+    for name in ("contradiction", "entailment", "neutral"):
+        assert float(row[name]) == pytest.approx(np.mean([scores[name]["accuracy"] for scores in others]))
+    assert {row["epoch"] for row in rows_of(tmp_path / "types-cclm-xgqa.csv") if row[""] == "layer-wise decay 0.88"} == {"2"}
+
+
+@torch.inference_mode()
+def test_alignment(runs, tmp_path):
+    """The matrix against one text at a time, through the whole model."""
+    run = runs / "uc2-xvnli-standard-seed0"
+    analyse("alignment", run, "--out", tmp_path)
+    model, tokenizer, labels, args, recipe = evaluation.load_run(run, torch.device("cpu"))
+    model.eval()
+    split = evaluation.load_split(args, recipe, tokenizer, labels, "test", ["en", "fr"])
+    cosines = []
+    for i in range(len(split.examples["en"])):
+        states = []
+        for language, examples in split.examples.items():
+            memory = model.memory(split.pictures.batch(split.image_rows[language][i : i + 1]))
+            input_ids, mask = data.pad([examples.tokens[i]])
+            states.append(model.fuse(model.encode_texts(input_ids, mask), mask, memory)[0, 0])
+        cosines.append(torch.cosine_similarity(*states, dim=0).item())
+    row = row_of(tmp_path / "alignment-uc2-xvnli-standard.csv", name="fr")
+    assert float(row["en"]) == pytest.approx(100 * np.mean(cosines), abs=1e-3) and float(row["fr"]) == pytest.approx(100, abs=1e-3)
+    analyse("alignment", run, "--out", tmp_path / "first", "--epoch", 1)
+    assert float(row_of(tmp_path / "first" / "alignment-uc2-xvnli-standard.csv", name="fr")["en"]) != pytest.approx(float(row["en"]), abs=1e-5)
+
+
+def test_fewshot(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    analyse("fewshot", runs)
+    for strategy, printed in (("standard", "44.3"), ("SUF", "46.7")):
+        folder = f"uc2-xgqa-{strategy.lower()}-seed0"
+        before, after = (read(runs / name / "results.json")["languages"]["de"]["accuracy"] for name in (folder, f"{folder}-de48"))
+        row = row_of("report/fewshot-uc2-xgqa-48.csv", name=strategy)
+        assert (float(row["zero-shot"]), float(row["few-shot"])) == (before, after)
+        assert row_of("report/fewshot-uc2-xgqa-48.csv", name=f"{strategy}: paper")["few-shot"] == printed
+
+
+def test_strategies(runs, small, edited, tmp_path, capsys):
+    """Numbers and differences by hand; the post-hoc rivals against weights put together here; drift against the files' tensors."""
+    numbers = {"cclm-xgqa-standard-seed0": [(0, 0), (62, 40)], "cclm-xgqa-standard-seed1": [(0, 0), (60, 44)], "cclm-xgqa-suf-seed0": [(0, 0), (61, 50)],
+               "cclm-xgqa-suf-seed1": [(0, 0), (61, 51)], "cclm-xgqa-decay0.88-seed0": [(59, 45)]}
+    folder = edited(numbers)
+    analyse("strategies", folder, "--out", tmp_path)
+    difference = row_of(tmp_path / "differences-cclm-xgqa-accuracy.csv", name="SUF - standard")
+    half = 12.706 * math.sqrt(4.5) / math.sqrt(2)  # differences 10 and 7
+    assert (float(difference["others"]), float(difference["others low"]), float(difference["others high"])) == pytest.approx((8.5, 8.5 - half, 8.5 + half))
+    assert (float(difference["en"]), difference["seeds above"], difference["sign test p"]) == (0.0, "2 of 2", "0.50")
+    decay = row_of(tmp_path / "differences-cclm-xgqa-accuracy.csv", name="layer-wise decay 0.88 - SUF")
+    assert (decay["others"], decay["others n"], decay["others low"]) == ("-5.0", "1", "")
+
+    run = folder / "cclm-xgqa-standard-seed0"
+    found, (args, recipe) = read(run / "post_hoc.json"), evaluation.read_run(run)
+    device, layers = torch.device("cpu"), 5
+    assert set(found) == {"complete", "average 2"} | {f"{kind} {n}" for kind in ("dev", "reverted") for n in range(layers + 1)} - {"reverted 0"}
+    model, tokenizer, labels, _, _ = evaluation.load_run(run, device)
+    test = evaluation.load_split(args, recipe, tokenizer, labels, "test")
+    pretrained = read_checkpoint(small / "cclm.pt")[0]
+    names = model.checkpoint_names()
+    for name, parameter in model.named_parameters():
+        if name.startswith(("text_layers.0.", "text_layers.1.")):
+            parameter.data.copy_(pretrained[names[name]])
+    assert evaluation.evaluate(model, test, device)[0] == found["reverted 2"]
+    assert evaluation.evaluate(model, evaluation.load_split(args, recipe, tokenizer, labels, "dev", ["en"]), device)[0] == found["dev 2"]
+    epochs = [dict(evaluation.load_run(run, device, epoch)[0].named_parameters()) for epoch in (1, 2)]
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_((epochs[0][name] + epochs[1][name]) / 2)
+    assert evaluation.evaluate(model, test, device)[0] == found["average 2"]
+
+    table = tmp_path / "post-hoc-cclm-xgqa-accuracy.csv"
+    others = [read(folder / f"cclm-xgqa-standard-seed{seed}" / "post_hoc.json")["reverted 2"] for seed in (0, 1)]
+    expected = np.mean([evaluation.mean_zero_shot(results, "accuracy") for results in others])
+    assert float(row_of(table, name="lower layers reverted: 2")["others"]) == pytest.approx(expected)
+    assert float(row_of(table, name="lower layers reverted: 0")["others"]) == 42
+
+    tuned = read_checkpoint(run / "model.pt")[0]
+    layer = [name for name in tuned if name.startswith("text_encoder.encoder.layer.1.")]
+    change = math.sqrt(sum((tuned[name] - pretrained[name]).square().sum().item() for name in layer) / sum(pretrained[name].square().sum().item() for name in layer))
+    assert probe.drift(run)["2"] == pytest.approx(100 * change, rel=1e-5)
+    drift = row_of(tmp_path / "drift-cclm-xgqa.csv", name="SUF")  # two epochs of one layer each: the other three stayed
+    assert [float(drift[str(n)]) for n in (1, 2, 3)] == [0, 0, 0] and min(float(drift[name]) for name in ("4", "5", "embeddings", "vision")) > 0
+    cost = {row[""]: row for row in rows_of(tmp_path / "cost-cclm-xgqa.csv")}
+    state = torch.load(run / "last.pt", weights_only=True)["optimizer"]["state"]
+    assert float(cost["standard"]["optimizer MB"]) == pytest.approx(sum(tensor.nbytes for part in state.values() for tensor in part.values()) / 1e6)
+    assert float(cost["SUF"]["optimizer MB, % of standard"]) < 100
+    again = (run / "post_hoc.json").stat().st_mtime_ns
+    assert probe.post_hoc(run) == found and (run / "post_hoc.json").stat().st_mtime_ns == again
+
+
+def test_most_layers_that_can_be_reverted():
+    found = {f"dev {n}": {"en": {"accuracy": accuracy}} for n, accuracy in enumerate([60.0, 58.0, 59.5, 59.0, 40.0])} | {"complete": True}
+    assert analysis.most_reverted(found, "xgqa") == 3
+
+
+def test_pictures(runs, tmp_path, capsys):
+    """With matplotlib a PNG, without it a line that says so; the numbers in either case."""
+    analyse("types", runs / "cclm-xgqa-suf-seed0", "--out", tmp_path)
+    assert (tmp_path / "types-cclm-xgqa.csv").is_file()
+    picture, said = tmp_path / "types-cclm-xgqa.png", capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG") if picture.is_file() else f"no {picture}: matplotlib is not installed" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_runs_that_cannot_be_used(runs, edited, tmp_path, capsys):
+    folder = edited({"cclm-xgqa-standard-seed0": [(0, 0), (60, 40)], "cclm-xgqa-suf-seed0": [(0, 0), (60, 50)]})
+    run = folder / "cclm-xgqa-standard-seed0"
+    assert "not the folder of a run of train.py" in refused(capsys, "tables", tmp_path / "nothing")
+    assert "same strategy and seed" in refused(capsys, "tables", run, runs / run.name)
+    assert "--eval-every-epoch" in refused(capsys, "curves", runs / "cclm-xgqa-decay0.88-seed0")
+    assert "epoch7.pt: no such weights" in refused(capsys, "alignment", run, "--epoch", 7)
+    assert "translations exist for xgqa and xvnli" in refused(capsys, "alignment", runs / "uc2-xflickrco-standard-seed0")
+    assert "give runs on xgqa or xvnli" in refused(capsys, "types", runs / "uc2-xflickrco-standard-seed0")
+    assert "none of these runs is a few-shot run" in refused(capsys, "fewshot", run)
+    assert "none of these runs is one on English" in refused(capsys, "tables", runs / "uc2-xgqa-suf-seed0-de48")
+
+    stored = read(run / "args.json")
+    (run / "args.json").write_text(json.dumps(stored | {"recipe": stored["recipe"] | {"lr": 0.5}}))
+    assert "cannot share a table: they differ in lr" in refused(capsys, "tables", folder)
+    (run / "args.json").write_text(json.dumps(stored))
+    results = read(run / "results.json")
+    del results["languages"]["bn"]
+    (run / "results.json").write_text(json.dumps(results))
+    assert "no results for language 'bn' of xgqa" in refused(capsys, "tables", run)
+    (run / "results.json").unlink()
+    assert "this run is not finished" in refused(capsys, "tables", run)
+    (run / "args.json").write_text("{}")
+    assert "no args.json that train.py wrote" in refused(capsys, "tables", run)
+
+    (run / "args.json").write_text(json.dumps(stored))
+    analyse("tables", folder, "--out", tmp_path)  # in a folder of runs the unfinished one is told and left out
+    assert f"left out, not finished: {run}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reproduce
+
+
+def arm(strategy, *values):
+    """Runs of seeds 0, 1, … with these (English, others)."""
+    args, recipe = SimpleNamespace(task="xgqa", model="cclm"), SimpleNamespace(epochs=5)
+    results = [{"en": {"accuracy": english}, "de": {"accuracy": others}} for english, others in values]
+    return {seed: analysis.Run("", args, recipe, strategy, result, {5: result}, {}) for seed, result in enumerate(results)}
+
+
+def said(**arms):
+    return "\n".join(reproduce.findings("cclm", "xgqa", {strategy.replace("_", "-"): arm(strategy, *values) for strategy, values in arms.items()}))
+
+
+def test_the_report_says_what_the_numbers_say():
+    standard, better = [(60, 40), (61, 41), (59, 39)], [(60, 50), (60, 50.5), (60, 49.5)]  # differences 10, 9.5, 10.5 and 0, -1, 1
+    text = said(standard=standard, suf=better)
+    assert "SUF is 10.0 points above on the mean of the other languages (95 % interval +8.8 to +11.2, 3 seeds)" in text
+    assert "no difference was shown on English: +0.0" in text and "against SUF" not in text
+    assert "SUF is 10.0 points below on the mean of the other languages" in said(standard=better, suf=standard)
+    assert "SUF +10.0 on the mean of the other languages (one seed: this shows nothing about others)" in said(standard=standard[:1], suf=better[:1])
+    assert "no finished seed in common" in said(standard=standard)
+
+    rivals = {"suf_bottom_up": [(60, 45), (60, 45.5), (60, 44.5)], "average_all": [(57, 50), (57, 50), (57, 50)], "decay0.75": [(60, 50)]}
+    text = said(standard=standard, suf=better, **rivals)
+    assert "SUF, bottom up, against SUF: it is 5.0 points below on the mean of the other languages" in text and "it has 50 % of SUF's gain" in text
+    assert "Below SUF: SUF, bottom up." in text and "Undecided: layer-wise decay 0.75." in text
+    assert "its gain away): standard, mean of all epochs, but at -3.0 in English (this would speak for averaging weights" in text
+    text = said(standard=standard, suf=standard, **rivals)  # nothing to explain
+    assert "No gain of SUF was shown here" in text and "speak for" not in text
+
+
+def reproduce_command(small, folder, *flags):
+    return ["reproduce", "--model", "cclm", "--task", "xgqa", "--data", str(small / "data"), "--checkpoint", str(small / "cclm.pt"),
+            "--tokenizer", str(small / "tokenizer.model"), "--runs", str(folder), "--report", str(folder / "report"), *flags, "--", "--limit", "128"]
+
+
+def test_reproduce(runs, small, tmp_path, capsys):
+    """A finished run is left alone, an interrupted one goes on, one that fails is told and does not stop the others; then the report."""
+    for name in ("standard", "suf", "decay0.88"):
+        shutil.copytree(runs / f"cclm-xgqa-{name}-seed0", tmp_path / f"cclm-xgqa-{name}-seed0")
+    finished = (tmp_path / "cclm-xgqa-standard-seed0" / "results.json").stat().st_mtime_ns
+    (tmp_path / "cclm-xgqa-suf-seed0" / "results.json").unlink()
+    (tmp_path / "cclm-xgqa-decay0.88-seed0" / "results.json").unlink()
+    (tmp_path / "cclm-xgqa-decay0.88-seed0" / "last.pt").write_bytes(b"broken")
+    with pytest.raises(SystemExit) as end:
+        analyse(*reproduce_command(small, tmp_path, "--seeds", "1", "--strategies", "decay0.88,standard,suf", "--jobs", "1"))
+    done = capsys.readouterr()
+    assert end.value.code == 1, done.err
+    assert "2 of 3 runs to do, 1 at a time" in done.out and "cclm-xgqa-suf-seed0: done" in done.out
+    assert "failed: " in done.err.splitlines()[-1] and "last.pt: not a readable state" in done.err.splitlines()[-1]
+    assert (tmp_path / "cclm-xgqa-standard-seed0" / "results.json").stat().st_mtime_ns == finished
+    assert read(tmp_path / "cclm-xgqa-suf-seed0" / "results.json") == read(runs / "cclm-xgqa-suf-seed0" / "results.json")
+    report = (tmp_path / "report" / "report.md").read_text()
+    for words in ("(one seed: this shows nothing about others)", "last.pt: not a readable state", "## Strategies", "standard, lower layers reverted", "## Per epoch",
+                  "## Question types", "## Alignment", "CCLM, standard: paper", "What this does not show"):
+        assert words in report
+    assert "layer-wise decay" not in report
+
+
+def test_dry_run(runs, small, capsys):
+    with pytest.raises(SystemExit) as end:
+        analyse(*reproduce_command(small, runs, "--seeds", "2", "--dry-run"))
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"finished      {runs}/cclm-xgqa-standard-seed0"
+    missing = [line for line in lines if line.startswith("missing ") and " about " in line]
+    names = ["standard", "suf", "decay0.98", "decay0.95", "decay0.88", "decay0.75", "top2", "suf-bottom-up", "suf-random", "suf-fisher", "suf-frozen-embeddings"]
+    assert [line.split()[1].split("cclm-xgqa-")[1] for line in lines[:-1]] == [f"{name}-seed{seed}" for name in names for seed in (0, 1)]
+    assert len(missing) == 17 and lines[-1].startswith("17 of 22 runs to do, ")
+
+
+def test_reproduce_stops_and_goes_on(small, tmp_path):
+    command = [sys.executable, "-u", str(ROOT / "analysis.py"), *reproduce_command(small, tmp_path, "--seeds", "1", "--strategies", "suf", "--jobs", "1")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "1 of 1 runs to do" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and error.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert not (tmp_path / "cclm-xgqa-suf-seed0" / "results.json").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--strategies", "suf,best"], "--strategies suf,best: choose from standard, suf, decay0.98"),
+    (["--seeds", "0"], "must be at least 1"), (["--checkpoint", ""], "go together"),
+])
+def test_reproduce_refuses(flags, message, small, tmp_path, capsys):
+    assert message in refused(capsys, *reproduce_command(small, tmp_path, *flags))

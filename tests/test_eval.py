@@ -1,0 +1,229 @@
+"""eval.py: runs scored again, compared and of foreign origin; and the evaluation against one text at a time."""
+
+import json
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import train_command
+
+import cclm
+import data
+import eval as evaluation
+import train
+
+CPU = torch.device("cpu")
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """Finished runs as train.py makes them."""
+    folder, handlers = tmp_path_factory.mktemp("runs"), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for name, flags in {"cclm-xgqa": ["--save-epochs"], "cclm-xgqa-suf": ["--suf"], "uc2-xvnli": [], "cclm-xflickrco": ["--limit", 40]}.items():
+        train.main(train_command(tiny, *name.split("-")[:2], folder / name, "--limit", 64, *flags)[2:])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return folder
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    """Function: a copy of a run, to be changed."""
+    return lambda name, copy="run": shutil.copytree(runs / name, tmp_path / copy)
+
+
+def run_eval(*arguments):
+    evaluation.main([str(argument) for argument in arguments])
+
+
+def refused(*arguments):
+    with pytest.raises(SystemExit) as end:
+        run_eval(*arguments)
+    error = str(end.value.code)
+    assert error.startswith("error: ") and "\n" not in error
+    return error
+
+
+def shaken(run, languages):
+    """-> (a run's model with random numbers added to its weights, so that its predictions differ from text to text; some of its test data)."""
+    model, tokenizer, labels, args, recipe = evaluation.load_run(run, CPU)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.eval(), evaluation.load_split(args, recipe, tokenizer, labels, "test", languages)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run again
+
+
+@pytest.mark.parametrize("name", ["cclm-xgqa", "uc2-xvnli", "cclm-xflickrco"])
+def test_scoring_again_gives_the_results_of_training(name, run):
+    folder = run(name)
+    run_eval(folder)
+    assert read(folder / "results_test.json")["languages"] == read(folder / "results.json")["languages"]
+    files = sorted((folder / "predictions").iterdir())
+    assert len(files) == len(data.LANGUAGES[name.split("-")[1]])
+    assert all((folder / "predictions_test" / path.name).read_bytes() == path.read_bytes() for path in files)
+
+
+def test_languages_split_and_epoch(run, tiny):
+    folder = run("cclm-xgqa")
+    run_eval(folder, "--split", "dev", "--languages", "ko,de")
+    results = read(folder / "results_dev.json")["languages"]
+    assert list(results) == ["ko", "de"] and sorted(path.name for path in (folder / "predictions_dev").iterdir()) == ["de.json", "ko.json"]
+    for language, scores in results.items():
+        truth = read(tiny / "data" / "xGQA" / "annotations" / "few_shot" / language / "dev.json")
+        predicted = {entry["questionId"]: entry["prediction"] for entry in read(folder / "predictions_dev" / f"{language}.json")}
+        assert list(predicted) == list(truth)[:64]
+        right = {key: predicted[key] == truth[key]["answer"] for key in predicted}
+        assert scores["accuracy"] == pytest.approx(100 * sum(right.values()) / 64) and scores["n"] == 64
+        verify = [right[key] for key in predicted if truth[key]["types"]["structural"] == "verify"]
+        assert scores["by_type"]["verify"] == {"accuracy": pytest.approx(100 * sum(verify) / len(verify)), "n": len(verify)}
+    run_eval(folder, "--epoch", 2)  # the last: the weights of model.pt
+    assert read(folder / "results_test_epoch2.json")["languages"] == read(folder / "results.json")["languages"]
+
+
+def test_what_cannot_be_evaluated(run, tmp_path):
+    folder = run("uc2-xvnli")
+    assert "has no language 'de' (it has en, ar, es, fr, ru)" in refused(folder, "--languages", "en,de")
+    assert "epoch1.pt: no such weights" in refused(folder, "--epoch", 1)
+    (folder / "results.json").unlink()
+    assert "this run is not finished" in refused("--compare", folder, folder)
+    (folder / "model.pt").unlink()
+    assert "the run is not finished" in refused(folder)
+    assert "not the folder of a run of train.py" in refused(tmp_path / "nothing")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two runs
+
+
+def compared(capsys, a, b):
+    """The lines of --compare: {(metric, language or mean): (A, B, B - A, low, high)}."""
+    run_eval("--compare", a, b)
+    rows, metric = {}, None
+    for line in capsys.readouterr().out.splitlines():
+        numbers = re.findall(r"[-+]?\d+\.\d+", line)
+        if "interval" in line:
+            metric = line.split()[0]
+        elif len(numbers) == 5:
+            rows[metric, line.split("  ")[0].strip()] = tuple(map(float, numbers))
+    return rows
+
+
+def test_compare(runs, capsys):
+    """A and B are the runs' results; the interval of the difference holds it."""
+    a, b = runs / "cclm-xgqa", runs / "cclm-xgqa-suf"
+    rows = compared(capsys, a, b)
+    results = [read(run / "results.json")["languages"] for run in (a, b)]
+    assert [language for _, language in rows] == [*data.LANGUAGES["xgqa"], "mean of 7 others"]
+    for (_, language), (in_a, in_b, difference, low, high) in rows.items():
+        expected = [evaluation.mean_zero_shot(some, "accuracy") if language.startswith("mean") else some[language]["accuracy"] for some in results]
+        assert (in_a, in_b, difference) == pytest.approx((*expected, expected[1] - expected[0]), abs=0.0051)
+        assert low <= difference <= high
+    assert all(row[2:] == (0, 0, 0) for row in compared(capsys, a, a).values())
+    rows = compared(capsys, runs / "cclm-xflickrco", runs / "cclm-xflickrco")
+    assert {metric for metric, _ in rows} == {"TR@1", "IR@1"} and all(row[2:] == (0, 0, 0) for row in rows.values())
+    assert "nothing to compare" in refused("--compare", a, runs / "uc2-xvnli")
+
+
+def test_compare_by_hand(run, tiny, capsys):
+    """B answers all, A none of the German questions; of the Korean ones B answers those about every other image, A none."""
+    a, b = run("cclm-xgqa", "a"), run("cclm-xgqa", "b")
+    gold = read(tiny / "data" / "xGQA" / "annotations" / "few_shot" / "de" / "test.json")
+    questions = list(gold)[:64]
+    images = list(dict.fromkeys(gold[key]["imageId"] for key in questions))
+    half = set(images[::2])
+    for folder in (a, b):
+        for language in ("de", "ko"):
+            right = {key: folder == b and (language == "de" or gold[key]["imageId"] in half) for key in questions}
+            entries = [{"questionId": key, "prediction": gold[key]["answer"] if right[key] else "?"} for key in questions]
+            (folder / "predictions" / f"{language}.json").write_text(json.dumps(entries))
+            results = read(folder / "results.json")
+            results["languages"][language]["accuracy"] = 100 * sum(right.values()) / len(right)
+            (folder / "results.json").write_text(json.dumps(results))
+    rows = compared(capsys, a, b)
+    assert rows["accuracy", "de"] == (0, 100, 100, 100, 100)
+    share = sum(gold[key]["imageId"] in half for key in questions) / len(questions)
+    assert rows["accuracy", "ko"][2] == pytest.approx(100 * share, abs=0.0051)
+    deviation = 100 * np.sqrt(share * (1 - share) / len(images))  # of a share of images drawn with replacement, 4 questions each
+    assert rows["accuracy", "ko"][3:] == pytest.approx((100 * share - 1.96 * deviation, 100 * share + 1.96 * deviation), abs=deviation / 2)
+    assert rows["accuracy", "mean of 7 others"][2] == pytest.approx((100 + 100 * share) / 7, abs=0.0051)
+    (b / "predictions" / "de.json").write_text(json.dumps(read(b / "predictions" / "de.json")[:-1]))
+    assert "predicts other items" in refused("--compare", a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Foreign predictions
+
+
+@pytest.mark.parametrize("language", ["en", "de"])
+def test_published_predictions_get_their_published_score(language, iglue, capsys):
+    """IGLUE's own UC2 predictions, to the last digit, overall and by type."""
+    run_eval("--score", iglue / "results" / "xgqa" / "zero_shot" / "uc2" / f"test_{language}_0_result.json",
+             "--truth", iglue / "xGQA" / "annotations" / "few_shot" / language / "test.json")
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        if match := re.fullmatch(r"(\w+) +([\d.]+) %  \((\d+) of (\d+)\)", line):
+            found[match[1]] = {"n": int(match[4]), "correct": int(match[3]), "acc": pytest.approx(float(match[2]), abs=1e-9)}
+    assert found == read(iglue / "results" / "xgqa" / "expected_en_de.json")[language]
+
+
+def test_missing_and_unknown_predictions_are_told(tiny, tmp_path, capsys):
+    truth = tiny / "data" / "xGQA" / "annotations" / "few_shot" / "en" / "test.json"
+    gold = read(truth)
+    entries = [{"questionId": key, "prediction": record["answer"]} for key, record in gold.items()]
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps(entries[: len(gold) // 4] + [{"questionId": "nowhere", "prediction": "yes"}]))
+    run_eval("--score", path, "--truth", truth)
+    out = capsys.readouterr().out
+    assert f"{len(gold) - len(gold) // 4:,} questions have no prediction and count as wrong" in out
+    assert "1 predictions are about other questions and are left out" in out and "25.0000000000 %" in out
+    path.write_text("{}")
+    assert "expected a list" in refused("--score", path, "--truth", truth)
+    path.write_text(json.dumps([{"questionId": "1"}]))
+    assert "entry 0: no field 'prediction'" in refused("--score", path, "--truth", truth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The evaluation itself
+
+
+@pytest.mark.parametrize("name", ["cclm-xgqa", "uc2-xvnli", "cclm-xflickrco"])
+def test_batches_do_not_matter(name, runs):
+    """One image and one text at a time, everything at once, and anything between: the same predictions, or ranks."""
+    model, chosen = shaken(runs / name, ["en", "ru"])
+    results, predictions = evaluation.evaluate(model, chosen, CPU)
+    for image_batch, text_batch in ((1, 7), (100, 1000)) if name == "cclm-xflickrco" else ((1, 1), (1, 7), (3, 20), (100, 1000)):
+        again, predicted = evaluation.evaluate(model, chosen, CPU, image_batch=image_batch, text_batch=text_batch)
+        if name == "cclm-xflickrco":
+            assert [entry["rank"] for entry in predicted["ru"]] == [entry["rank"] for entry in predictions["ru"]]
+        else:
+            assert predicted == predictions and len({entry["prediction"] for entry in predicted["ru"]}) > 1
+        assert again == results
+
+
+@torch.inference_mode()
+def test_answers_are_the_likeliest_labels(runs):
+    """Every question alone with its image, every label scored in full by teacher forcing: the answers of the whole evaluation."""
+    model, chosen = shaken(runs / "cclm-xgqa", ["en", "bn"])
+    _, predictions = evaluation.evaluate(model, chosen, CPU)
+    args, _ = evaluation.read_run(runs / "cclm-xgqa")
+    answer_ids, _ = data.pad(list(data.Tokenizer(args.tokenizer)(chosen.names)))
+    assert answer_ids.tolist()[0][0] == cclm.BOS and len(set(map(tuple, answer_ids.tolist()))) == len(chosen.names)
+    for language, examples in chosen.examples.items():
+        for i, entry in enumerate(predictions[language]):
+            memory = model.memory(chosen.pictures.batch(chosen.image_rows[language][i : i + 1]))
+            input_ids, mask = data.pad([examples.tokens[i]])
+            states = model.fuse(model.encode_texts(input_ids, mask), mask, memory)
+            losses = model.decoder.answer_losses(states, mask, answer_ids, torch.zeros(len(answer_ids), dtype=torch.long))
+            assert entry == {"questionId": examples.records[i].id, "prediction": chosen.names[losses.argmin()]}
+        assert len({entry["prediction"] for entry in predictions[language]}) > 1

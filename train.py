@@ -1,0 +1,726 @@
+"""Fine-tune CCLM or UC2 on English task data, with scheduled unfreezing or without, and test it in every language.
+
+    python train.py --model cclm --task xgqa --suf
+        on the embedded miniature: no data, no GPU, a few minutes
+    python train.py --model cclm --task xgqa --suf --data IGLUE --checkpoint cclm_x2vlm_base.th \\
+                    --tokenizer sentencepiece.bpe.model
+        the paper's experiment
+    torchrun --nproc_per_node 8 train.py ...
+        the same on eight GPUs
+    python train.py --few-shot de --shots 48 --init RUN
+        a finished run goes on with a few examples of another language
+
+Paper: section 3 (scheduled unfreezing), 4.1 (recipes, in recipes.py), 5.2 (--lr-decay), 5.3 (--train-top), 5.4 (few-shot).
+
+A run is a folder: args.json, log.jsonl (a line per step, a line per evaluation), results.json, predictions/, model.pt
+(official names), last.pt (to resume from), timing.json. Nothing random depends on the past: batches, augmentation and
+dropout are functions of (seed, step), so an interrupted and resumed run ends in the same weights, bit for bit on a CPU.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import cclm
+import data
+import eval as evaluation
+import files
+import mini
+import schedule
+import uc2
+from eval import ranks
+from files import InputError
+from model import file_tensors, read_checkpoint
+from recipes import Recipe, few_shot_recipe, parse_args, recipe_of, strategy_name
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What trains when, and at which rate
+
+
+def trainable_layers(args, recipe, epoch, num_layers):
+    """Set of the layers (0 = bottom) that train in an epoch (from 0)."""
+    if args.suf is not None:
+        return schedule.suf(epoch, num_layers, recipe.suf_k if args.suf is True else args.suf, args.layer_order)
+    return schedule.train_top(num_layers, num_layers if args.train_top is None else args.train_top)
+
+
+def layer_order(args, model, dataset, items, device):
+    """The order in which layers thaw, for `schedule.suf`: None for the paper's, top-down."""
+    n = len(model.layers)
+    if args.order == "bottom-up":
+        return list(range(n))
+    if args.order == "random":
+        return np.random.default_rng(args.seed).permutation(n).tolist()
+    return fisher_order(model, dataset, items, device) if args.order == "fisher" else None
+
+
+def fisher_order(model, dataset, items, device):
+    """Layers by the trace of their empirical Fisher information, largest first (after Liu et al. 2024, FUN with Fisher).
+
+    The trace is the squared gradient of a batch, summed over the layer and averaged over `items`. Taken once, from the
+    pre-trained model: theirs is renewed whenever a layer thaws, which would make the schedule depend on the past.
+    """
+    trace = [0.0] * len(model.layers)
+    model.eval()
+    for batch in data.load_batches(dataset, items, 0, device):
+        model.zero_grad(set_to_none=True)
+        batch.pop("ids")
+        model({name: tensor.to(device) for name, tensor in batch.items()}).backward()
+        for i, layer in enumerate(model.layers):
+            trace[i] += sum(parameter.grad.square().sum().item() for parameter in layer.parameters())
+    model.zero_grad(set_to_none=True)
+    return sorted(range(len(trace)), key=lambda i: -trace[i])
+
+
+def learning_rates(args, recipe, num_layers):
+    """Peak learning rate of every part of the model: "layer 0" …, "embeddings", "vision", "head"."""
+    decay = 1.0 if args.lr_decay is None else args.lr_decay
+    rates = {f"layer {i}": rate for i, rate in enumerate(schedule.layer_decay(recipe.lr, decay, num_layers))}
+    embeddings = recipe.lr if recipe.embedding_lr is None else recipe.embedding_lr
+    if args.embedding_lr is None:  # the paper is silent: one step further down than the lowest layer
+        embeddings *= decay**num_layers
+    vision = recipe.lr if recipe.vision_lr is None else recipe.vision_lr
+    return rates | {"embeddings": embeddings, "vision": vision, "head": recipe.lr}
+
+
+def part_of(model):
+    """Parameter name -> part of the model: "layer 0" …, "embeddings", "vision" or "head"."""
+    layer_of = {id(p): f"layer {i}" for i, layer in enumerate(model.layers) for p in layer.parameters()}
+    return {name: model.group_of(name) or layer_of[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def parameter_groups(model, part, rates, weight_decay):
+    """AdamW's groups, one per part and decay. All parameters from the start: what is frozen has no gradient and is skipped."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((part[name], model.decays(name)), []).append(parameter)
+    return [{"params": parameters, "peak_lr": rates[part_name], "weight_decay": weight_decay if decays else 0.0}
+            for (part_name, decays), parameters in groups.items()]
+
+
+def make_optimizer(groups, recipe):
+    return torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=True)
+
+
+def lr_factor(step, total, warmup):
+    """Linear from 0 to 1 over `warmup` steps, then linear to 0 at `total`. The first step has rate 0, as in both references."""
+    return step / max(1, warmup) if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
+
+
+def set_rates(optimizer, factor, step, recipe):
+    """This step's learning rates, and its eps.
+
+    The references add eps before Adam's bias correction, torch after it: dividing it by the correction is the same.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+        group["eps"] = recipe.eps / math.sqrt(1 - recipe.betas[1] ** (step + 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
+    """Train `model` on `dataset`. after_epoch(epoch, step, log) is called after every epoch. -> the log.
+
+    A batch is split into equal parts, one forward pass each: `grad_accum` for every process. A signal ends the program
+    after the step, with everything saved. InputError if a loss or gradient is not finite.
+    """
+    rank, processes = ranks()
+    steps = len(examples) // recipe.batch_size  # per epoch
+    total, parts = steps * recipe.epochs, processes * args.grad_accum
+    mine = range(rank * args.grad_accum, (rank + 1) * args.grad_accum)
+    optimizer = prepare_parameters(model, args, recipe)
+    first = done = resume(args, model, optimizer, settings) if args.resume else 0
+    log = Log(args.run, first, first == total) if rank == 0 else None
+    items = data.training_items(examples, recipe.batch_size, args.seed, recipe.epochs, first, parts, mine,
+                                **batch_composition(args, examples))
+    batches = data.load_batches(dataset, items, args.workers, device)
+    with tqdm(total=total, initial=first, desc="training", unit="step", disable=rank > 0, dynamic_ncols=True) as bar:
+        stop, loss_of = Stop(), None
+        model.train()
+        for step in range(first, total):
+            epoch = step // steps
+            trainable = trainable_layers(args, recipe, epoch, len(model.layers))
+            if schedule.apply(model.layers, trainable) or loss_of is None:
+                announce(model, epoch, trainable)
+                loss_of = None  # the old wrapper's hooks go before the new one's come
+                loss_of = wrap(model, args, device)
+            factor = lr_factor(step, total, recipe.warmup * total)
+            set_rates(optimizer, factor, step, recipe)
+
+            losses, ids = [], []
+            for part in mine:
+                batch = next(batches)
+                ids += batch.pop("ids")
+                batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+                seed_part(args.seed, step, part)
+                # gradients travel between the processes once per step, after the last part
+                with loss_of.no_sync() if dist.is_initialized() and part != mine[-1] else contextlib.nullcontext():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                        loss = loss_of(batch)
+                    (loss / args.grad_accum).backward()
+                losses.append(loss.detach())
+            norm = clip_gradients(model, recipe.clip)
+
+            shared = torch.stack([torch.stack(losses).mean(), norm, torch.tensor(float(stop.requested), device=device)])
+            if dist.is_initialized():
+                dist.all_reduce(shared)
+            loss, norm, stopping = (shared / processes).tolist()
+            check_finite(args.run, step, loss, norm, ids)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            if log:
+                log.add(step=done, epoch=epoch + 1, loss=loss, gradient_norm=norm, lr_factor=factor)
+            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}", refresh=False)
+            bar.update()
+
+            if done % steps == 0:
+                after_epoch(epoch, done, log)
+            if log and (done % steps == 0 or done % args.save_every == 0 or stopping):
+                log.sync()  # before last.pt: its step is never ahead of the log
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings, "step": done}
+                write_tensors(os.path.join(args.run, "last.pt"), state)
+            if stopping:
+                say(f"stopped and saved after step {done} of {total}; the same command with --resume goes on")
+                sys.exit(128 + stop.number)
+    return log
+
+
+def prepare_parameters(model, args, recipe):
+    """Freeze what is frozen throughout, check that every parameter has its place. -> optimizer."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.group_of(name) not in args.freeze)
+    rates = learning_rates(args, recipe, len(model.layers))
+    optimizer = make_optimizer(parameter_groups(model, part_of(model), rates, recipe.weight_decay), recipe)
+    outside = [parameter for name, parameter in model.named_parameters() if model.group_of(name)]
+    schedule.check_partition(model, model.layers, outside, optimizer)
+    return optimizer
+
+
+def batch_composition(args, examples):
+    """How `data.epoch_batches` puts batches together."""
+    if args.questions_per_image > 1:
+        return {"groups": examples.image_rows, "group_size": args.questions_per_image}
+    # captions of one length would be too easy to tell apart by it: in retrieval, batches stay random
+    return {"pool": 1 if args.task == "xflickrco" else 16}
+
+
+def wrap(model, args, device):
+    """What gives the loss: the model, compiled on request, under DistributedDataParallel where there are several processes.
+
+    Made anew for every phase: DDP averages the gradients of what was trainable when it was made, and only those.
+    """
+    if args.compile:
+        torch.compiler.reset()  # compiled code knows what trained when it was compiled
+        model = torch.compile(model, dynamic=True)
+    if not dist.is_initialized():
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def seed_part(seed, step, part):
+    """The generator of dropout and stochastic depth for one part of one step: the same whichever process runs it."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, part)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def clip_gradients(model, most):
+    """Scale the gradients to a global norm of at most `most` (None: leave them). -> the norm before."""
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    if most is not None:
+        torch.nn.utils.clip_grads_with_norm_(trained, most, norm)
+    return norm
+
+
+def check_finite(run, step, loss, norm, ids):
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    report = f"nonfinite-{ranks()[0]}.json"
+    numbers = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "records": ids}
+    files.write_json(os.path.join(run, report), numbers)
+    raise InputError(f"{run}: loss {loss} and gradient norm {norm} at step {step}; this batch's records are in {report}")
+
+
+def announce(model, epoch, trainable):
+    """One line on what trains from this epoch on."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    everything, training = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
+    layers = sorted(trainable)
+    if layers == list(range(len(model.layers))):
+        names = f"all {len(layers)} layers"
+    elif layers and layers == list(range(layers[0], len(model.layers))):
+        names = f"the top {len(layers)} of {len(model.layers)} layers"
+    else:
+        names = f"{len(layers)} of {len(model.layers)} layers ({', '.join(map(str, layers)) or 'none'})"
+    say(f"epoch {epoch + 1}: {names} train, {training:,} of {everything:,} parameters ({training / everything:.1%})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, signals, files
+
+
+def say(text):
+    """Print, once per run, without tearing a progress bar."""
+    if ranks()[0] == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def start(args):
+    """Join the other processes if torchrun started any, choose the device. -> torch.device."""
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")  # TF32 for what bf16 does not cover
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    args.precision = args.precision or ("bf16" if cuda else "float32")
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end the run after the current step; a second one ends it at once."""
+
+    def __init__(self):
+        self.number, self.requested = signal.SIGTERM, False  # the number stays where another process got the signal
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, frame):
+        self.number, self.requested = number, True
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Log:
+    """log.jsonl: one line per step and per evaluation. It holds no times: a resumed run's equals an uninterrupted one's."""
+
+    def __init__(self, run, step=0, finished=False):
+        """Keep an interrupted run's lines up to optimizer step `step`; if that is the last, its evaluation is done again."""
+        path, kept = os.path.join(run, "log.jsonl"), []
+        if step and os.path.isfile(path):
+            with open(path, "rb") as file:
+                lines = [(line, json.loads(line)) for line in file if line.endswith(b"\n")]
+            kept = [line for line, entry in lines
+                    if entry["step"] < step or entry["step"] == step and not (finished and "languages" in entry)]
+        files.write(path, lambda file: file.writelines(kept))
+        self.file = open(path, "a", encoding="utf-8")
+
+    def add(self, **entry):
+        self.file.write(json.dumps(entry) + "\n")
+
+    def sync(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def write_tensors(path, content):
+    files.write(path, lambda file: torch.save(content, file))
+
+
+def write_weights(path, model):
+    """The model under its official names, with what no shape tells."""
+    write_tensors(path, {"model": file_tensors(model), "config": model.config()})
+
+
+def fingerprint(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def versions():
+    def git(*command):
+        folder = os.path.dirname(os.path.abspath(__file__))
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__, "commit": git("rev-parse", "HEAD"),
+            "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting and resuming
+
+
+def start_folder(args, recipe, changed, model, examples, inputs):
+    """Make the run's folder with its args.json. -> the settings that a resumed run must share.
+
+    InputError, before any work is done, for what could not be finished or would overwrite another run.
+    """
+    if ranks()[0] == 0:
+        existing = os.path.isfile(os.path.join(args.run, "args.json"))
+        if existing and not args.resume:
+            raise InputError(f"{args.run}: a run is already here; --resume goes on with it, --run DIR starts another")
+        if args.resume and not existing:
+            say(f"{args.run}: nothing to resume yet, starting")
+        weights = 4 * sum(parameter.numel() for parameter in model.parameters())  # bytes
+        kept = recipe.epochs if args.save_epochs else 0
+        check_space(args.run, weights * (3 + 3 + 1 + kept))  # last.pt beside its predecessor, with Adam's state; model.pt
+        paths = {name: os.path.abspath(getattr(args, name)) for name in ("data", "checkpoint", "tokenizer")}
+        files.write_json(os.path.join(args.run, "args.json"),
+                        {"args": vars(args) | paths, "recipe": asdict(recipe), "not_as_in_the_paper": changed,
+                         "versions": versions(), "fingerprints": {path: fingerprint(path) for path in inputs}})
+    return settings_of(args, recipe, examples.source)
+
+
+def check_space(folder, needed):
+    """InputError unless `folder` can be made and written, and `needed` bytes are free there."""
+    try:
+        os.makedirs(os.path.join(folder, "predictions"), exist_ok=True)
+        files.write(os.path.join(folder, ".writable"), lambda file: file.write(b"x"))
+        os.remove(os.path.join(folder, ".writable"))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write there ({error.strerror})") from None
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{folder}: {free / 1e9:.1f} GB free, but the run's checkpoints need {needed / 1e9:.1f} GB")
+
+
+def settings_of(args, recipe, source):
+    """What a resumed run must have in common with the run it continues."""
+    names = ("model", "task", "suf", "lr_decay", "train_top", "freeze", "order", "seed", "limit", "questions_per_image",
+             "first_image_negatives")
+    processes = ranks()[1]
+    settings = {name: getattr(args, name) for name in names} | json.loads(json.dumps(asdict(recipe)))
+    settings |= {"processes x accumulation": processes * args.grad_accum, "training file": fingerprint(source)}
+    if args.task == "xflickrco":  # the other processes' images and captions are negatives
+        settings["processes"] = processes
+    return settings
+
+
+def resume(args, model, optimizer, settings):
+    """Load last.pt into model and optimizer. -> optimizer steps done (0 where the run stopped before its first last.pt)."""
+    path = os.path.join(args.run, "last.pt")
+    if not os.path.isfile(path):
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["settings"]
+    except Exception as error:  # whatever a damaged file makes torch.load raise
+        raise InputError(f"{path}: not a readable state, or a truncated one ({type(error).__name__}); "
+                         "without it, --resume starts over") from None
+    for name in settings:
+        if saved.get(name) != settings[name]:
+            raise InputError(f"{args.run}: cannot resume with other settings: {name} was {saved.get(name)}, "
+                             f"now {settings[name]}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and data
+
+
+def load_model(args, device, num_labels):
+    """-> (model, config of the checkpoint, recipe, what is not as in the paper)."""
+    try:
+        tensors, config = read_checkpoint(args.checkpoint)
+        recipe, changed = recipe_of(args, config)
+        torch.manual_seed(args.seed)  # new parameters: heads, decoder
+        if args.model == "cclm":
+            model = cclm.from_pretrained(tensors, config, args.task, recipe.image_size, args.checkpoint,
+                                         dropout=recipe.dropout, drop_path=recipe.drop_path)
+        else:
+            model = uc2.from_pretrained(tensors, config, args.task, args.checkpoint, num_labels, dropout=recipe.dropout)
+            say(f"{args.checkpoint}: UC2 under " + {"volta": "IGLUE's names", "original": "its original names"}[model.variant])
+            if uc2.image_norm_is_identity(tensors):
+                say("its image LayerNorm is identity: the public conversion put the image's into the text's place")
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return model.to(device), config, recipe, changed
+
+
+def training_data(args, recipe, tokenizer, labels, split):
+    """-> (examples, dataset of batches) of the English training split ("train") or of args.few_shot's ("few-shot")."""
+    keep = evaluation.has_text if args.task == "xflickrco" else lambda text, record: True
+    if args.task == "xvnli" and args.model == "cclm":  # IGLUE trains UC2 on pairs without a gold label, too: no target is 1
+        keep = lambda text, record: record.label != "-"
+    examples = data.load_examples(args.data, args.task, split, data.text_rules(recipe), tokenizer, args.few_shot or "en",
+                                  args.shots, True, keep, args.limit)
+    pictures = evaluation.make_pictures(args, recipe, split, examples.image_keys)
+    if args.model == "uc2" and args.task == "xflickrco":
+        pools = data.read_hard_negatives(args.data, examples.image_keys)
+        return examples, data.RankingBatches(examples, pictures, args.seed, pools, args.first_image_negatives)
+    if args.task == "xgqa":
+        data.check_answers(examples, labels)
+    names = labels if args.task == "xgqa" else evaluation.MODELS[args.model].LABELS
+    if args.task == "xflickrco":
+        targets = data.contrast_targets(examples)
+    elif args.model == "uc2":
+        targets = data.class_targets(examples, {name: i for i, name in enumerate(names)})
+    elif args.task == "xgqa":
+        rows = tokenizer(labels)
+        targets = data.answer_targets(examples, {label: rows[i] for i, label in enumerate(labels)})
+    else:
+        targets = data.label_targets(examples, {name: i for i, name in enumerate(names)})
+    augment = recipe.augment and args.model == "cclm"
+    share_images = args.questions_per_image > 1 or args.model == "uc2"  # regions are never augmented
+    return examples, data.TrainingBatches(examples, pictures, targets, args.seed, augment, share_images)
+
+
+def accumulation(args, recipe, examples):
+    """Set args.grad_accum: as asked, or as few forward passes as keep each within the recipe's micro batch."""
+    processes, size = ranks()[1], recipe.batch_size
+    if len(examples) < size:
+        raise InputError(f"{examples.source}: {len(examples)} training examples do not fill one batch of {size}; "
+                         "use a smaller --batch-size")
+    if args.grad_accum is None:
+        fits = [n for n in range(1, size + 1) if size % (processes * n) == 0 and size // (processes * n) <= recipe.micro_batch]
+        args.grad_accum = fits[0] if fits else 1
+    if size % (processes * args.grad_accum):
+        raise InputError(f"a batch of {size} cannot be split evenly over {processes} process(es) x {args.grad_accum} "
+                         "accumulation steps")
+
+
+def print_plan(args, recipe, changed, model, examples, tests, labels):
+    """Data counts, recipe, schedule and parameter groups."""
+    n, steps = len(model.layers), len(examples) // recipe.batch_size
+    say(f"{args.model} on {args.task}, {strategy_name(args)}, seed {args.seed}: {len(examples):,} training examples on "
+        f"{len(examples.image_keys):,} images; {recipe.epochs} epochs of {steps:,} steps of {recipe.batch_size}, in "
+        f"{args.grad_accum} forward pass(es) on each of {ranks()[1]} process(es), {args.precision}")
+    say("test: " + ", ".join(f"{language} {len(part):,}" for language, part in tests.examples.items()))
+    seen = {name for record in examples.records for name in record.answers or [record.label]}
+    names = {"xgqa": labels, "xvnli": cclm.LABELS}.get(args.task, [])
+    if unseen := [name for name in names if name not in seen]:
+        say(f"note: {len(unseen):,} of {len(names):,} labels have no training example ({', '.join(unseen[:5])} …)")
+    say("not as in the paper: " + "; ".join(changed) if changed else "recipe: the paper's")
+
+    rates, part, count = learning_rates(args, recipe, n), part_of(model), {}
+    for name, parameter in model.named_parameters():
+        count[part[name]] = count.get(part[name], 0) + parameter.numel()
+    sizes = [count.pop(f"layer {i}") for i in range(n)]  # what remains is outside the layers
+    frozen = sum(count[name] for name in count if name in args.freeze)
+    say(schedule.preview([trainable_layers(args, recipe, epoch, n) for epoch in range(recipe.epochs)], sizes,
+                         sum(count.values()) - frozen, frozen, "embeddings" not in args.freeze,
+                         [rates[f"layer {i}"] / recipe.lr for i in range(n)]))
+    rate = {name: "frozen" if name in args.freeze else f"at {rates[name]:g}" for name in count}
+    say("outside the layers: " + ", ".join(f"{name} {count[name]:,} parameters {rate[name]}" for name in count))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole run
+
+
+def run(args):
+    """From the command line to results.json."""
+    device, began = start(args), time.time()
+    args.miniature = args.data is None
+    if args.miniature:
+        args.data, args.checkpoint, args.tokenizer = mini.prepare(args.model, ranks()[0] == 0)
+        if dist.is_initialized():
+            dist.barrier()
+    args.run = args.run or os.path.join("runs", f"{args.model}-{args.task}-{strategy_name(args)}-seed{args.seed}")
+    if finished(args):
+        return
+    labels = data.read_labels(args.data) if args.task == "xgqa" else []
+    model, config, recipe, changed = load_model(args, device, len(labels))
+    tokenizer = data.Tokenizer(args.tokenizer)
+    warning = tokenizer.check(config.get("tokenizer_sha256", data.XLMR_SHA256), model.sizes.vocabulary)
+    if warning:
+        say(f"warning: {warning}")
+    evaluation.introduce(model, tokenizer, labels)
+    examples, dataset = training_data(args, recipe, tokenizer, labels, "train")
+    tests = evaluation.load_split(args, recipe, tokenizer, labels, "test")
+    accumulation(args, recipe, examples)
+    batches = data.training_items(examples, recipe.batch_size, args.seed, 1, 0, 1, [0])
+    args.layer_order = layer_order(args, model, dataset, itertools.islice(batches, 20), device)
+    print_plan(args, recipe, changed, model, examples, tests, labels)
+    if args.dry_run:
+        return
+
+    settings = start_folder(args, recipe, changed, model, examples, [examples.source, args.checkpoint, args.tokenizer])
+    seconds = {"loading": time.time() - began, "evaluation": 0.0}
+
+    def test():
+        then = time.time()
+        results, predictions = evaluation.evaluate(model, tests, device, args.precision, args.workers)
+        seconds["evaluation"] += time.time() - then
+        return results, predictions
+
+    def after_epoch(epoch, step, log):
+        if args.eval_every_epoch and epoch + 1 < recipe.epochs:
+            results, _ = test()
+            say(f"after epoch {epoch + 1}\n{evaluation.table(args.task, results)}")
+            if log:
+                log.add(step=step, epoch=epoch + 1, **summary(args, results))
+        if args.save_epochs and log:
+            write_weights(os.path.join(args.run, f"epoch{epoch + 1}.pt"), model)
+
+    log = fit(model, examples, dataset, args, recipe, settings, device, after_epoch)
+    seconds["training"] = time.time() - began - sum(seconds.values())
+    results, predictions = test()
+    finish(args, model, summary(args, results), predictions, log, recipe.epochs * (len(examples) // recipe.batch_size))
+    if log:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        files.write_json(os.path.join(args.run, "timing.json"), {"seconds": seconds, "peak_memory_bytes": peak})
+    say(next_step(args))
+
+
+def finished(args):
+    """Whether the run to resume is complete already; says so."""
+    if not args.resume or not os.path.isfile(os.path.join(args.run, "results.json")):
+        return False
+    results = evaluation.read_results(args.run)
+    say(f"{args.run} is complete\n{evaluation.table(results['task'], results['languages'])}")
+    return True
+
+
+def summary(args, results):
+    """results.json's content."""
+    means = {name: evaluation.mean_zero_shot(results, name) for name, _ in evaluation.headline(args.task)}
+    return {"model": args.model, "task": args.task, "strategy": strategy_name(args), "seed": args.seed,
+            "languages": results, "mean_zero_shot": means if len(means) > 1 else means.popitem()[1]}
+
+
+def finish(args, model, results, predictions, log, step):
+    """Predictions, weights, and results.json last: where it is, the run is complete."""
+    if log:
+        for language, entries in predictions.items():
+            files.write_json(os.path.join(args.run, "predictions", f"{language}.json"), entries)
+        write_weights(os.path.join(args.run, "model.pt"), model)
+        log.add(step=step, **results)
+        log.sync()
+        files.write_json(os.path.join(args.run, "results.json"), results)
+    say(f"{evaluation.table(args.task, results['languages'])}\nresults, predictions and weights: {args.run}")
+
+
+def next_step(args):
+    other = "standard" if strategy_name(args) != "standard" else "suf"
+    folder = os.path.join("runs", f"{args.model}-{args.task}-{other}-seed{args.seed}")
+    if os.path.isfile(os.path.join(folder, "results.json")):
+        return f"next: python eval.py --compare {folder} {args.run}"
+    flags = " --suf" if other == "suf" else ""
+    if not args.miniature:
+        flags += f" --data {args.data} --checkpoint {args.checkpoint} --tokenizer {args.tokenizer}"
+    kind = "scheduled unfreezing" if other == "suf" else "standard fine-tuning"
+    return f"next: {kind}, to compare: python train.py --model {args.model} --task {args.task}{flags}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Few-shot (section 5.4, IGLUE's protocol): a finished English run goes on with a few examples of another language
+
+
+def run_few_shot(args):
+    """Train once per learning rate of the grid, choose rate and epoch on development data, test the language and English."""
+    device = start(args)
+    evaluation.read_results(args.init)  # or a line that says it is no finished run
+    english, recipe = evaluation.read_run(args.init)
+    for name in ("model", "task", "data", "checkpoint", "tokenizer", "miniature", "image_cache"):
+        setattr(args, name, getattr(english, name))
+    args.run, args.layer_order = args.run or f"{args.init.rstrip(os.sep)}-{args.few_shot}{args.shots}", None
+    if finished(args):
+        return
+    evaluation.chosen_languages(args.task, args.few_shot)
+    if args.few_shot == "en":
+        raise InputError("--few-shot en: the run has been trained on English")
+    recipe = few_shot_recipe(args, Recipe(**vars(recipe)))
+    tokenizer = data.Tokenizer(args.tokenizer)
+    labels = data.read_labels(args.data) if args.task == "xgqa" else []
+
+    def load(path):
+        model = evaluation.load_weights(path, args, device, dropout=recipe.dropout)
+        evaluation.introduce(model, tokenizer, labels)
+        return model
+
+    english_model = load(os.path.join(args.init, "model.pt"))
+    examples, dataset = training_data(args, recipe, tokenizer, labels, "few-shot")
+    recipe = replace(recipe, batch_size=min(recipe.batch_size, len(examples)), vision_lr=None, embedding_lr=None)
+    development = development_data(args, recipe, tokenizer, labels)
+    tests = evaluation.load_split(args, recipe, tokenizer, labels, "test", ["en", args.few_shot])
+    accumulation(args, recipe, examples)
+    start_folder(args, recipe, [], english_model, examples, [examples.source, args.tokenizer])
+    say(f"{args.model} on {args.task}, {args.few_shot}: {len(examples):,} examples on {len(examples.image_keys):,} images "
+        f"({args.shots} shots), {recipe.epochs} epochs of {len(examples) // recipe.batch_size} steps of {recipe.batch_size}")
+    say("rates " + ", ".join(f"{lr:g}" for lr in recipe.few_shot_lrs) + "; rate and epoch chosen on "
+        + ", ".join(part.source for part in development.examples.values()))
+    best = (-1.0, 0, "")
+    for lr in recipe.few_shot_lrs:
+        score, epoch, folder = few_shot_rate(args, replace(recipe, lr=lr), load, examples, dataset, development, device)
+        say(f"rate {lr:g}: best after epoch {epoch}, {score:.2f} on the development data")
+        best = max(best, (score, epoch, folder), key=lambda entry: entry[0])  # ties go to the rate that comes first
+    model = load(os.path.join(best[2], "best.pt"))
+    results, predictions = evaluation.evaluate(model, tests, device, args.precision, args.workers)
+    chosen = {"few_shot": args.few_shot, "shots": args.shots, "init": args.init, "development": best[0],
+              "epoch": best[1], "weights": best[2]}
+    finish(args, model, summary(args, results) | chosen, predictions, Log(args.run) if ranks()[0] == 0 else None, 0)
+
+
+def development_data(args, recipe, tokenizer, labels):
+    """What rate and epoch are chosen on: xGQA the language's dev set; XVNLI English dev; xFlickrCO English Flickr30k valid."""
+    if args.task == "xflickrco":  # the first 1,000 captions: ranking all 5,070 after every epoch would outlast the training
+        args = argparse.Namespace(**vars(args) | {"limit": min(args.limit or 1000, 1000)})
+        return evaluation.load_split(args, recipe, tokenizer, labels, "valid", ["en"])
+    return evaluation.load_split(args, recipe, tokenizer, labels, "dev", [args.few_shot if args.task == "xgqa" else "en"])
+
+
+def few_shot_rate(args, recipe, load, examples, dataset, development, device):
+    """Train with one learning rate from the English weights. -> (best development score, its epoch, folder of best.pt)."""
+    folder = os.path.join(args.run, f"lr-{recipe.lr:g}")
+    args = argparse.Namespace(**vars(args) | {"run": folder})
+    model = load(os.path.join(args.init, "model.pt"))
+
+    def scores():
+        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
+            return [entry["development"] for entry in map(json.loads, file) if "development" in entry]
+
+    def after_epoch(epoch, step, log):
+        results, _ = evaluation.evaluate(model, development, device, args.precision, args.workers)
+        values = [result[name] for result in results.values() for name, _ in evaluation.headline(args.task)]
+        if log:
+            log.sync()
+            if sum(values) / len(values) > max(scores(), default=-1.0):
+                write_weights(os.path.join(folder, "best.pt"), model)
+            log.add(step=step, epoch=epoch + 1, development=sum(values) / len(values))
+
+    settings = start_folder(args, recipe, [], model, examples, [examples.source])
+    fit(model, examples, dataset, args, recipe, settings, device, after_epoch)
+    if dist.is_initialized():
+        dist.barrier()  # the log is complete for all who read it
+    return max(scores()), scores().index(max(scores())) + 1, folder
+
+
+def main(argv=None):
+    args, callers_group = parse_args(argv, __doc__.split("\n\n")[0]), dist.is_initialized()
+    try:
+        run_few_shot(args) if args.few_shot else run(args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized() and not callers_group:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
