@@ -1,0 +1,98 @@
+"""`python mini.py --show`: a contact sheet of the miniature's xGQA, scenes with questions in several languages and two runs' answers.
+
+Every language is drawn in its own script where the machine has a font for it; where not, as the tokenizer reads it.
+"""
+
+import os
+
+import sentencepiece
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import files
+from files import InputError
+
+LANGUAGES = ("en", "de", "ru", "zh", "ko", "bn")
+FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansBengali-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf",
+         "Nirmala.ttf", "PingFang.ttc", "AppleSDGothicNeo.ttc")
+SCENES, QUESTIONS_PER_SCENE = 6, 2
+IMAGE, LINE, MARGIN, WIDTH = 176, 22, 16, 1180  # pixels
+COLUMNS = (210, 250, 830, 1000)  # language, question, first run, second run
+INK, GREY, RIGHT, WRONG = (20, 20, 20), (130, 130, 130), (20, 120, 40), (190, 40, 30)
+
+
+def contact_sheet(world, tokenizer, runs, path):
+    """Write a PNG. runs: folders of two finished xGQA runs on the miniature. InputError for anything else."""
+    answers = [read_answers(run) for run in runs]
+    records = {language: {record.id: record for record in data.read_records(world, "xgqa", "test", language)[1]}
+               for language in LANGUAGES}
+    chosen = choose(records["en"], answers)
+    normalizer = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
+    fonts = {language: font_for("".join(r.text for r in list(records[language].values())[:200])) for language in LANGUAGES}
+
+    def text(x, y, words, fill=INK, language="en"):
+        font = fonts[language]
+        if font is None:
+            words, font = normalizer.normalize(words).replace("▁", " ").strip(), fonts["en"]
+        draw.text((x, y), words, fill=fill, font=font)
+
+    block = QUESTIONS_PER_SCENE * (len(LANGUAGES) + 1) * LINE
+    sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + 2 * LINE + len(chosen) * (block + MARGIN)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, title in zip(COLUMNS, ("", "question", *(os.path.basename(os.path.normpath(run)) for run in runs))):
+        text(x, MARGIN, title, GREY)
+    y = MARGIN + 2 * LINE
+    for image, questions in chosen:
+        picture = data.read_image(data.image_path(world, "xgqa", image)).resize((IMAGE, IMAGE), Image.Resampling.NEAREST)
+        sheet.paste(picture, (MARGIN, y))
+        line = y
+        for question in questions:
+            for language in LANGUAGES:
+                record = records[language][question]
+                text(COLUMNS[0], line, language, GREY)
+                text(COLUMNS[1], line, record.text, language=language)
+                for x, run in zip(COLUMNS[2:], answers):
+                    said = run[language][question]
+                    text(x, line, said, RIGHT if said in record.answers else WRONG)
+                line += LINE
+            line += LINE
+        y += block + MARGIN
+    files.write(path, lambda file: sheet.save(file, "PNG", optimize=True))
+
+
+def read_answers(run):
+    """language -> {question id: answer} of a finished run. InputError where it has none for the miniature's questions."""
+    found = {}
+    for language in LANGUAGES:
+        path = os.path.join(run, "predictions", f"{language}.json")
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such file; --show needs two finished xGQA runs on the miniature: "
+                             "python train.py --model cclm --task xgqa, and the same with --suf")
+        found[language] = {entry["questionId"]: entry["prediction"] for entry in files.read_json(path)}
+    return found
+
+
+def choose(english, answers):
+    """The first images that were asked enough, one question of each kind: [(image, its question ids)]. Not chosen by answers."""
+    by_image = {}
+    for record in english.values():
+        if not all(record.id in languages for run in answers for languages in run.values()):
+            raise InputError(f"question {record.id} is not among the predictions; --show needs runs on the miniature")
+        kinds = by_image.setdefault(record.image, {})
+        kinds.setdefault(record.type, record.id)
+    enough = [(image, list(kinds.values())[:QUESTIONS_PER_SCENE]) for image, kinds in sorted(by_image.items())
+              if len(kinds) >= QUESTIONS_PER_SCENE]
+    return enough[:SCENES]
+
+
+def font_for(characters, size=15):
+    """The first of FONTS on this machine that has all of the characters; None where there is none."""
+    for name in FONTS:
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:  # not on this machine
+            continue
+        missing = bytes(font.getmask("\U0010ffff"))
+        if all(bytes(font.getmask(c)) != missing for c in set(characters) if not c.isspace()):
+            return font
+    return None if any(ord(c) > 255 for c in characters) else ImageFont.load_default(size)
