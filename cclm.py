@@ -1,4 +1,5 @@
-"""CCLM (Zeng et al. 2022, in its X2-VLM-base form): ViT + 12 text layers + 6 cross-modal layers, and for xGQA a 6-layer answer decoder.
+"""CCLM (Zeng et al. 2022, in its X2-VLM-base form): ViT + 12 text layers + 6 cross-modal
+layers, and for xGQA a 6-layer answer decoder.
 
     image -> ViT ---------------------------.
                                             v keys and values
@@ -6,15 +7,17 @@
                               |                              '> all states: answer decoder (xGQA)
                               '> <s>: contrastive features (xFlickrCO)
 
-Paper section 3: the 12 text and 6 cross-modal layers are the 18 layers that scheduled unfreezing thaws (`CCLM.layers`, bottom to top); ViT,
-embeddings, heads and decoder always train. xGQA is answered by generation: an answer's score is its log-likelihood under the decoder, and the
-prediction is the exact argmax over all labels, found in a prefix trie (`best_answers`).
+Paper section 3: the 12 text and 6 cross-modal layers are the 18 layers that scheduled unfreezing thaws
+(`CCLM.layers`, bottom to top); ViT, embeddings, heads and decoder always train. xGQA is answered by generation:
+an answer's score is its log-likelihood under the decoder, and the prediction is the exact argmax over all
+labels, found in a prefix trie (`best_answers`).
 
-Sizes come from the checkpoint's shapes (`read_sizes`); tensors are loaded and saved under the names of the official file `cclm_x2vlm_base.th`, strictly.
-Where the paper and the released code differ, the code is followed, because the weights fit it: the decoder attends to all question states, not to
-<s> alone.
+Sizes come from the checkpoint's shapes (`read_sizes`); tensors are loaded and saved under the names of the official
+file `cclm_x2vlm_base.th`, strictly. Where the paper and the released code differ, the code is followed, because the
+weights fit it: the decoder attends to all question states, not to <s> alone.
 
-Letters: B texts, T text tokens, I images, P image patches, D width, H heads, A answers, L answer tokens, V vocabulary, Q questions, N trie nodes.
+Letters: B texts, T text tokens, I images, P image patches, D width, H heads, A answers, L answer
+tokens, V vocabulary, Q questions, N trie nodes.
 """
 
 import re
@@ -75,19 +78,22 @@ class Sizes:
 class CCLM(nn.Module):
     """The model for one task: "xgqa", "xvnli", "xflickrco", or "pretraining" (every head of the released checkpoint).
 
-    `layers` are what a schedule may freeze, bottom to top; `outside()` names the parameters that are outside any schedule.
+    `layers` are what a schedule may freeze, bottom to top; `outside()` names the
+    parameters that are outside any schedule.
     """
 
     def __init__(self, sizes, task, dropout=0.1, drop_path=0.1):
         super().__init__()
         s = self.sizes = sizes
         self.task = task
-        self.vision = VisionTransformer(s.vision_width, s.vision_heads, s.vision_layers, s.vision_feed_forward, s.patch_size, s.image_size, drop_path)
+        self.vision = VisionTransformer(s.vision_width, s.vision_heads, s.vision_layers, s.vision_feed_forward,
+                                        s.patch_size, s.image_size, drop_path)
         self.text_embeddings = TextEmbeddings(s.vocabulary, s.width, s.text_positions, s.text_types, 1e-5, dropout)
         self.text_layers = nn.ModuleList(
             TransformerLayer(s.width, s.text_heads, s.text_feed_forward, 1e-5, dropout) for _ in range(s.text_layers))
         self.cross_layers = nn.ModuleList(
-            TransformerLayer(s.width, s.cross_heads, s.cross_feed_forward, 1e-12, dropout, s.vision_width) for _ in range(s.cross_layers))
+            TransformerLayer(s.width, s.cross_heads, s.cross_feed_forward, 1e-12, dropout, s.vision_width)
+            for _ in range(s.cross_layers))
         if task == "xgqa":
             self.decoder = AnswerDecoder(sizes, dropout)
         if task == "xvnli":
@@ -115,13 +121,17 @@ class CCLM(nn.Module):
         return self.sizes.text_positions - 2
 
     def group_of(self, name):
-        """Group of a parameter that is in no layer of the schedule: "vision", "embeddings" or "head"; None for one in a layer."""
+        """Group of a parameter that is in no layer of the schedule: "vision", "embeddings"
+        or "head"; None for one in a layer.
+        """
         if name.startswith(("text_layers.", "cross_layers.")):
             return None
         return {"vision": "vision", "text_embeddings": "embeddings"}.get(name.split(".")[0], "head")
 
     def decays(self, name):
-        """Whether weight decay applies: the reference's rule, substrings of the official name (gammas and tables of words do decay)."""
+        """Whether weight decay applies: the reference's rule, substrings of the official name
+        (gammas and tables of words do decay).
+        """
         official = self.checkpoint_names()[name]
         return not re.search(r"bias|LayerNorm\.weight|norm\.weight|norm1\.weight|norm2\.weight", official)
 
@@ -137,7 +147,9 @@ class CCLM(nn.Module):
         return self.vision(normalize(images) if images.dtype == torch.uint8 else images)
 
     def image_memory(self, image_states):
-        """Keys and values of every cross-modal layer, once per image however many texts look at it: [(I,H,1+P,D/H) x 2] per layer."""
+        """Keys and values of every cross-modal layer, once per image however many texts look
+        at it: [(I,H,1+P,D/H) x 2] per layer.
+        """
         return [layer.cross_attention.keys_values(image_states) for layer in self.cross_layers]
 
     def memory(self, batch):
@@ -160,7 +172,10 @@ class CCLM(nn.Module):
         return hidden
 
     def fuse_batch(self, batch, first_token=False):
-        """A training batch through all encoders. Texts that share an image share its pass through the ViT and its keys and values."""
+        """A training batch through all encoders.
+
+        Texts that share an image share its pass through the ViT and its keys and values.
+        """
         memory = self.memory(batch)
         if "image_index" in batch:
             memory = select(memory, batch["image_index"])
@@ -168,7 +183,8 @@ class CCLM(nn.Module):
         return self.fuse(text_states, batch["attention_mask"], memory, first_token)
 
     def predict(self, text_states, attention_mask, memory):
-        """Index of the predicted label of each text [B]: XVNLI's LABELS, or xGQA's answers as `set_answers` got them."""
+        """Index of the predicted label of each text [B]: XVNLI's LABELS, or xGQA's answers as `set_answers` got them.
+        """
         if self.task == "xvnli":
             return self.label_logits(text_states, attention_mask, memory).argmax(1)
         return best_answers(self.decoder, self.fuse(text_states, attention_mask, memory), attention_mask, self.trie)[0]
@@ -192,11 +208,12 @@ class CCLM(nn.Module):
     def answer_loss(self, batch):
         """-log p(answer | question, image), summed over tokens, mean over questions.
 
-        batch: images, input_ids [B,T], attention_mask [B,T]; answer_ids [A,L] (<s> … </s>, padded), and for answer a its question
-        answer_question[a] and weight answer_weight[a].
+        batch: images, input_ids [B,T], attention_mask [B,T]; answer_ids [A,L] (<s> … </s>, padded), and for answer a
+        its question answer_question[a] and weight answer_weight[a].
         """
         question_states = self.fuse_batch(batch)
-        losses = self.decoder.answer_losses(question_states, batch["attention_mask"], batch["answer_ids"], batch["answer_question"])
+        losses = self.decoder.answer_losses(question_states, batch["attention_mask"], batch["answer_ids"],
+                                            batch["answer_question"])
         return (losses * batch["answer_weight"]).sum() / len(question_states)
 
     # -- xFlickrCO: contrastive features and matching ------------------------------------------------------------------
@@ -218,10 +235,10 @@ class CCLM(nn.Module):
     def retrieval_loss(self, batch):
         """Image-text contrastive loss + image-text matching loss with hard negatives.
 
-        batch: images [B,3,R,R], input_ids, attention_mask, image_ids [B] (captions of one image share an id and are no negatives of each
-        other), uniform [B,2] in [0,1): the random draws of the negative image and the negative text of each pair. With several processes the
-        batch is the union of all processes' batches: features and states are gathered with their gradients, and the mean of the processes'
-        losses is the loss of the union.
+        batch: images [B,3,R,R], input_ids, attention_mask, image_ids [B] (captions of one image share an id and are no
+        negatives of each other), uniform [B,2] in [0,1): the random draws of the negative image and the negative text
+        of each pair. With several processes the batch is the union of all processes' batches: features and states are
+        gathered with their gradients, and the mean of the processes' losses is the loss of the union.
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
@@ -236,12 +253,17 @@ class CCLM(nn.Module):
         return itc + self.matching_loss(image_states, text_states, batch["attention_mask"], image_rows, text_rows)
 
     def contrast(self, image_states, text_states):
-        """Similarities / temperature of this process's texts with all images, and of its images with all texts: 2 x [B, B of all]."""
+        """Similarities / temperature of this process's texts with all images, and of its
+        images with all texts: 2 x [B, B of all].
+        """
         image_features, text_features = self.image_features(image_states), self.text_features(text_states)
-        return text_features @ gather(image_features).T / self.temp, image_features @ gather(text_features).T / self.temp
+        return (text_features @ gather(image_features).T / self.temp,
+                image_features @ gather(text_features).T / self.temp)
 
     def matching_loss(self, image_states, text_states, attention_mask, image_rows, text_rows):
-        """Mean cross-entropy over B pairs that match, B texts with a negative image (image_rows [B]) and B images with a negative text."""
+        """Mean cross-entropy over B pairs that match, B texts with a negative image (image_rows
+        [B]) and B images with a negative text.
+        """
         all_texts, all_masks = gather_texts(text_states, attention_mask)
         negative_images = gather(image_states)[image_rows]
         memory = self.image_memory(torch.cat([image_states, negative_images]))
@@ -265,7 +287,8 @@ class CCLM(nn.Module):
     def aliases(self):
         """Second names under which the official file stores the same tensor: alias -> first name."""
         if self.task == "xgqa":
-            return {"text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
+            return {
+                "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
                     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias"}
         if self.task == "pretraining":
             return {"mlm_head.predictions.decoder.bias": "mlm_head.predictions.bias"}
@@ -273,7 +296,8 @@ class CCLM(nn.Module):
 
     def constants(self):
         """Index buffers that the reference stores and that follow from the sizes; files may have them or not."""
-        constants = {f"vision_encoder.blocks.{i}.attn.relative_position_index": self.vision.position_index for i in range(self.sizes.vision_layers)}
+        constants = {f"vision_encoder.blocks.{i}.attn.relative_position_index": self.vision.position_index
+                     for i in range(self.sizes.vision_layers)}
         constants["text_encoder.embeddings.position_ids"] = torch.arange(self.sizes.text_positions)[None]
         if self.task == "xgqa":
             constants["text_decoder.bert.embeddings.position_ids"] = torch.arange(self.sizes.decoder_positions)[None]
@@ -281,11 +305,13 @@ class CCLM(nn.Module):
 
     def config(self):
         """What a file must hold beside the tensors, because no shape tells it: `read_sizes` asks for it."""
-        return {"text_heads": self.sizes.text_heads, "cross_heads": self.sizes.cross_heads, "decoder_positions": self.sizes.decoder_positions}
+        return {"text_heads": self.sizes.text_heads, "cross_heads": self.sizes.cross_heads,
+                "decoder_positions": self.sizes.decoder_positions}
 
 
 def mlp_head(width, outputs):
-    return nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width, eps=1e-5), nn.GELU(), nn.Linear(2 * width, outputs))
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width, eps=1e-5), nn.GELU(),
+                         nn.Linear(2 * width, outputs))
 
 
 class MaskedLanguageHead(nn.Module):
@@ -305,7 +331,9 @@ class MaskedLanguageHead(nn.Module):
 
 
 def gather(x):
-    """Rows of all processes, in rank order; gradients flow back to the process that made them, summed over the processes that used them."""
+    """Rows of all processes, in rank order; gradients flow back to the process that made them,
+    summed over the processes that used them.
+    """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return x
     return torch.cat(dist_nn.all_gather(x.contiguous()))
@@ -327,18 +355,25 @@ def pad_to(x, length):
 
 
 def contrastive_loss(to_images, to_texts, same_image):
-    """Mean of both directions' cross-entropies; every pair of one image is a positive, sharing the probability. Logits [B, B of all]."""
+    """Mean of both directions' cross-entropies; every pair of one image is a positive, sharing the probability.
+
+    Logits [B, B of all].
+    """
     targets = same_image.float() / same_image.sum(1, keepdim=True)
     return (F.cross_entropy(to_images, targets) + F.cross_entropy(to_texts, targets)) / 2
 
 
 def negative_weights(logits, same_image):
-    """How likely each candidate is to be drawn as the negative of its row: the more similar, the likelier; never one of the same image."""
+    """How likely each candidate is to be drawn as the negative of its row: the more similar, the
+    likelier; never one of the same image.
+    """
     return (logits.softmax(1) + 1e-5).masked_fill(same_image, 0)
 
 
 def draw(weights, uniform):
-    """One column index per row, with probability proportional to its weight; `uniform` [B] in [0,1) decides which (inverse of the CDF)."""
+    """One column index per row, with probability proportional to its weight; `uniform` [B] in
+    [0,1) decides which (inverse of the CDF).
+    """
     cumulative = weights.double().cumsum(1)
     return (cumulative <= uniform.double()[:, None] * cumulative[:, -1:]).sum(1)
 
@@ -348,14 +383,19 @@ def draw(weights, uniform):
 
 
 class AnswerDecoder(nn.Module):
-    """6-layer BERT decoder over answer tokens that attends to all states of the fused question. The output matrix is its word embedding."""
+    """6-layer BERT decoder over answer tokens that attends to all states of the fused question.
+
+    The output matrix is its word embedding.
+    """
 
     def __init__(self, sizes, dropout):
         super().__init__()
         s = sizes
-        self.embeddings = TextEmbeddings(s.vocabulary, s.width, s.decoder_positions, s.decoder_types, 1e-12, dropout, bert_positions=True)
+        self.embeddings = TextEmbeddings(s.vocabulary, s.width, s.decoder_positions, s.decoder_types, 1e-12, dropout,
+                                         bert_positions=True)
         self.layers = nn.ModuleList(
-            TransformerLayer(s.width, s.cross_heads, s.cross_feed_forward, 1e-12, dropout, s.width) for _ in range(s.cross_layers))
+            TransformerLayer(s.width, s.cross_heads, s.cross_feed_forward, 1e-12, dropout, s.width)
+            for _ in range(s.cross_layers))
         self.dense, self.norm = nn.Linear(s.width, s.width), nn.LayerNorm(s.width, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(s.vocabulary))
 
@@ -377,13 +417,16 @@ class AnswerDecoder(nn.Module):
         return hidden
 
     def step(self, tokens, positions, path, memory, question_mask):
-        """One more token for n prefixes. tokens, positions [n]; path [n,depth,layers,2,H,D/H]: keys and values of the tokens before, None for <s>.
+        """One more token for n prefixes.
+
+        tokens, positions [n]; path [n,depth,layers,2,H,D/H]: keys and values of the tokens before, None for <s>.
 
         -> hidden states [n,D], and the new tokens' own keys and values [n,layers,2,H,D/H].
         """
         hidden, own = self.embeddings.embed(tokens[:, None], positions[:, None]), []  # [n,1,D]
         depth = 0 if path is None else path.shape[1]
-        mask = torch.arange(depth + 1, device=tokens.device) < positions[:, None]  # shorter paths are padded after their end …
+        # shorter paths are padded after their end …
+        mask = torch.arange(depth + 1, device=tokens.device) < positions[:, None]
         mask[:, depth] = True  # … and the token itself comes last
         for i, layer in enumerate(self.layers):
             keys_values = layer.self_attention.keys_values(hidden)  # 2 x [n,H,1,D/H]
@@ -400,18 +443,20 @@ class AnswerDecoder(nn.Module):
         hidden = self.decode(answer_ids, memory, question_mask[answer_question])[:, :-1]
         targets = answer_ids[:, 1:]
         real = targets != PAD
-        losses = F.cross_entropy(self.logits(hidden[real]), targets[real], reduction="none")  # only real tokens meet the vocabulary
+        # only real tokens meet the vocabulary
+        losses = F.cross_entropy(self.logits(hidden[real]), targets[real], reduction="none")
         return torch.zeros(real.shape, dtype=losses.dtype, device=losses.device).masked_scatter(real, losses).sum(1)
 
     def rank_answers(self, question_states, question_mask, candidate_ids, k):
         """The reference's ranking: preselect the k candidates with the likeliest first token, then score them in full.
 
-        The first token's log-probability is counted twice (once in the preselection, once in the score); `best_answers` does neither.
-        candidate_ids [A,L] -> (indices [Q,k], probabilities over the k [Q,k]), best first.
+        The first token's log-probability is counted twice (once in the preselection, once in the score); `best_answers`
+        does neither. candidate_ids [A,L] -> (indices [Q,k], probabilities over the k [Q,k]), best first.
         """
         memory, questions = self.memory(question_states), len(question_states)
         bos = candidate_ids[:1, :1].expand(questions, 1)
-        first = self.logits(self.decode(bos, memory, question_mask)[:, 0]).log_softmax(-1)[:, candidate_ids[:, 1]]  # [Q,A]
+        # [Q,A]
+        first = self.logits(self.decode(bos, memory, question_mask)[:, 0]).log_softmax(-1)[:, candidate_ids[:, 1]]
         first, top = first.topk(k)
         rows = torch.arange(questions, device=top.device).repeat_interleave(k)
         losses = self.answer_losses(question_states, question_mask, candidate_ids[top.flatten()], rows)
@@ -421,10 +466,13 @@ class AnswerDecoder(nn.Module):
 
 
 class AnswerTrie:
-    """All labels' token sequences merged by common prefix. Node 0 is <s>; every other node is one token after its parent.
+    """All labels' token sequences merged by common prefix.
 
-    Tensors: tokens, depths, labels [N] (index of the label that ends here, or -1); ancestors [N, deepest] (the path from <s> down to the parent,
-    padded with 0); the children of node n are child_nodes[child_start[n] : child_start[n] + child_count[n]].
+    Node 0 is <s>; every other node is one token after its parent.
+
+    Tensors: tokens, depths, labels [N] (index of the label that ends here, or -1); ancestors [N, deepest]
+    (the path from <s> down to the parent, padded with 0); the children of node n are
+    child_nodes[child_start[n] : child_start[n] + child_count[n]].
     """
 
     def __init__(self, answers, device):
@@ -461,18 +509,21 @@ class AnswerTrie:
 
 @torch.no_grad()
 def best_answers(decoder, question_states, question_mask, trie, logits_at_once=1 << 26):
-    """Exact argmax over all labels of log p(label </s> | question), without scoring most of them: (labels [Q], log-likelihoods [Q]).
+    """Exact argmax over all labels of log p(label </s> | question), without scoring most of
+    them: (labels [Q], log-likelihoods [Q]).
 
-    Nothing that continues a prefix can be likelier than the prefix. So each question first follows its likeliest prefix to a complete label; after
-    that, only prefixes likelier than its best complete label are continued. No prefix is run twice: its keys and values are kept for its
-    continuations. `logits_at_once` bounds memory: elements of the largest [prefixes, V] tensor.
+    Nothing that continues a prefix can be likelier than the prefix. So each question first follows its likeliest
+    prefix to a complete label; after that, only prefixes likelier than its best complete label are continued. No
+    prefix is run twice: its keys and values are kept for its continuations. `logits_at_once` bounds memory:
+    elements of the largest [prefixes, V] tensor.
     """
     device = question_states.device
     memory = decoder.memory(question_states)  # once for all prefixes of a question
     shape = (len(question_states), len(trie.tokens))
     prefix = torch.full(shape, -torch.inf, device=device)  # log-likelihood of the prefixes reached so far [Q,N]
     prefix[:, 0] = 0
-    complete = torch.full(shape, -torch.inf, device=device)  # log-likelihood of the labels reached so far, at their last node [Q,N]
+    # log-likelihood of the labels reached so far, at their last node [Q,N]
+    complete = torch.full(shape, -torch.inf, device=device)
     continued = torch.zeros(shape, dtype=torch.bool, device=device)
     slot = torch.zeros(shape, dtype=torch.long, device=device)  # row of `cache` that holds a prefix's keys and values
     cache = None  # [slots, layers, 2, H, D/H]
@@ -489,7 +540,8 @@ def best_answers(decoder, question_states, question_mask, trie, logits_at_once=1
         new_cache = [] if cache is None else [cache]
         for q, n in zip(*(part.split(chunk) for part in open_.nonzero(as_tuple=True))):
             depth = int(trie.depths[n].max())
-            path = None if depth == 0 else cache[slot[q[:, None], trie.ancestors[n, :depth]]]  # [n,depth,layers,2,H,D/H]
+            # [n,depth,layers,2,H,D/H]
+            path = None if depth == 0 else cache[slot[q[:, None], trie.ancestors[n, :depth]]]
             hidden, own = decoder.step(trie.tokens[n], trie.depths[n], path, select(memory, q), question_mask[q])
             slot[q, n] = sum(map(len, new_cache)) + torch.arange(len(n), device=device)
             new_cache.append(own)
@@ -536,13 +588,16 @@ def read_sizes(tensors, config, source):
     heads = max(1, width // 64)
     sizes = Sizes(
         width=width, vocabulary=vocabulary,
-        text_layers=count_layers(tensors, "text_encoder.encoder.layer."), cross_layers=count_layers(tensors, "cross_encoder.encoder.layer."),
-        text_heads=size_of(config, "text_heads", heads, source, width), cross_heads=size_of(config, "cross_heads", heads, source, width),
+        text_layers=count_layers(tensors, "text_encoder.encoder.layer."),
+        cross_layers=count_layers(tensors, "cross_encoder.encoder.layer."),
+        text_heads=size_of(config, "text_heads", heads, source, width),
+        cross_heads=size_of(config, "cross_heads", heads, source, width),
         text_feed_forward=shape("text_encoder.encoder.layer.0.intermediate.dense.weight")[0],
         cross_feed_forward=shape("cross_encoder.encoder.layer.0.intermediate.dense.weight")[0],
         text_positions=shape("text_encoder.embeddings.position_embeddings.weight")[0],
         text_types=shape("text_encoder.embeddings.token_type_embeddings.weight")[0],
-        vision_width=vision_width, vision_layers=count_layers(tensors, "vision_encoder.blocks."), vision_heads=vision_heads,
+        vision_width=vision_width, vision_layers=count_layers(tensors, "vision_encoder.blocks."),
+        vision_heads=vision_heads,
         vision_feed_forward=shape("vision_encoder.blocks.0.mlp.fc1.weight")[0], patch_size=patch_size,
         image_size=(round(max(0, table_rows - 3) ** 0.5) + 1) // 2 * patch_size,
         embed_dim=shape("vision_proj.weight")[0] if "vision_proj.weight" in tensors else 0,
@@ -556,25 +611,31 @@ def read_sizes(tensors, config, source):
 def from_pretrained(tensors, config, task, image_size, source, **options):
     """CCLM for `task` from the released pre-training checkpoint; `options` go to the constructor.
 
-    The file must be exactly that: all of its tensors, with the right shapes, and no other. What the task does not need is left out (masked
-    language and box heads; for xGQA and XVNLI also the contrastive and matching heads), what the file lacks keeps its initialisation (XVNLI: cls_head;
-    xGQA: the decoder's embeddings and output layers, while its layers start as copies of the cross-modal layers). Relative position tables are resized to
-    `image_size`. Raises ValueError, one line, for any other file.
+    The file must be exactly that: all of its tensors, with the right shapes, and no other. What the task does not need
+    is left out (masked language and box heads; for xGQA and XVNLI also the contrastive and matching heads), what the
+    file lacks keeps its initialisation (XVNLI: cls_head;
+    xGQA: the decoder's embeddings and output layers, while its layers start as copies of the cross-modal layers).
+    Relative position tables are resized to `image_size`. Raises ValueError, one line, for any other file.
     """
     sizes = read_sizes(tensors, config, source)
     with torch.device("meta"):  # shapes only
         check_file(CCLM(sizes, "pretraining"), tensors, source)
     model = CCLM(replace(sizes, image_size=image_size), task, **options)
-    names = {ours: theirs.replace("text_decoder.bert.encoder.", "cross_encoder.encoder.") for ours, theirs in model.checkpoint_names().items()}
+    names = {ours: theirs.replace("text_decoder.bert.encoder.", "cross_encoder.encoder.")
+             for ours, theirs in model.checkpoint_names().items()}
     names = {ours: theirs for ours, theirs in names.items() if theirs in tensors}
     table_rows = len(model.vision.blocks[0].attn.relative_position_bias_table)
-    tables = {name: resize_position_table(tensor, table_rows) for name, tensor in tensors.items() if name.endswith("relative_position_bias_table")}
+    tables = {name: resize_position_table(tensor, table_rows) for name, tensor in tensors.items()
+              if name.endswith("relative_position_bias_table")}
     copy_tensors(model, tensors | tables, names)
     return model
 
 
 def from_finetuned(tensors, config, task, source, **options):
-    """CCLM from a file that holds the fine-tuned model of this very task (ours or the reference's). Raises ValueError for any other file."""
+    """CCLM from a file that holds the fine-tuned model of this very task (ours or the reference's).
+
+    Raises ValueError for any other file.
+    """
     with torch.device("meta"):
         check_file(CCLM(read_sizes(tensors, config, source), task), tensors, source)
     model = CCLM(read_sizes(tensors, config, source), task, **options)

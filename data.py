@@ -1,11 +1,16 @@
-"""IGLUE's files on disk -> batches of tensors: readers, tokenizer, images, region features, sampling. Knows files, not models.
+"""IGLUE's files on disk -> batches of tensors: readers, tokenizer, images, region features, sampling.
 
-    python data.py --check DIR              what is there, what is missing and where to get it, what is wrong, per task and language
-    python data.py --convert SOURCE... DST  region features of other formats -> the numpy folder that `Regions` reads
+Knows files, not models.
+
+    python data.py --check DIR
+        what is there, what is missing and where to get it, what is wrong, per task and language
+    python data.py --convert SOURCE... DST
+        region features of other formats -> the numpy folder that `Regions` reads
 
 One set of readers serves the real benchmark and the embedded miniature, which is written in the same layout:
 
-    gqa/annotations/        train.json or train_balanced_questions.json or train_target.pkl, valid.json, trainval_ans2label.json, trainval_label2ans.json
+    gqa/annotations/        train.json or train_balanced_questions.json or train_target.pkl,
+                            valid.json, trainval_ans2label.json, trainval_label2ans.json
     gqa/images/<id>.jpg                 gqa/features/
     xGQA/annotations/few_shot/<language>/{test,dev,train_1 ... train_48}.json (or .pkl)
     XVNLI/annotations/<language>/{train,dev,test,train_1 ... train_48}.jsonl
@@ -14,7 +19,8 @@ One set of readers serves the real benchmark and the embedded miniature, which i
     xFlickrCO/annotations/<language>/{test,train_1 ... train_100}.jsonl
     mscoco/val2014/<img_path>           xFlickrCO/features/
 
-Everything random is a pure function of (seed, epoch, item): batches do not depend on the number of workers or processes, and resuming needs no state.
+Everything random is a pure function of (seed, epoch, item): batches do not depend on the number of
+workers or processes, and resuming needs no state.
 
 Letters: B texts, T tokens, I images, R image side, V regions of an image, F feature width.
 """
@@ -53,7 +59,8 @@ from files import (
 LANGUAGES = {"xgqa": ("en", "de", "pt", "ru", "id", "zh", "ko", "bn"),
              "xvnli": ("en", "ar", "es", "fr", "ru"),
              "xflickrco": ("en", "de", "es", "id", "ja", "ru", "tr", "zh")}
-XLMR_SHA256 = "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865"  # of XLM-R's own sentencepiece.bpe.model
+# of XLM-R's own sentencepiece.bpe.model
+XLMR_SHA256 = "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865"
 BOS, PAD, EOS, UNK = 0, 1, 2, 3  # fairseq's ids, which XLM-R's tables use
 
 
@@ -74,7 +81,8 @@ class Record:
 
 
 def read_gqa(path):
-    """GQA and xGQA questions in any of their forms: LXMERT's list (train.json), GQA's and xGQA's dict by question id, IGLUE's pickled list.
+    """GQA and xGQA questions in any of their forms: LXMERT's list (train.json), GQA's and xGQA's
+    dict by question id, IGLUE's pickled list.
 
     In the pickled form answers are label ids (int), in the others strings; `read_records` makes them all strings.
     """
@@ -123,7 +131,8 @@ def read_xvnli(path):
         if label not in ("entailment", "neutral", "contradiction", "-"):
             raise InputError(f"{where}: gold_label {shorten(label)} is none of entailment, neutral, contradiction, -")
         image, text = expect(record, "Flikr30kID", (str, int), where), expect(record, "sentence2", str, where)
-        records.append(Record(identifier(record.get("pairID", number), where), image_key(image, where), text, label=label))
+        records.append(
+            Record(identifier(record.get("pairID", number), where), image_key(image, where), text, label=label))
     return records
 
 
@@ -142,11 +151,13 @@ def read_captions(path):
 
 READERS = {"xgqa": read_gqa, "xvnli": read_xvnli, "xflickrco": read_captions}
 ANNOTATIONS = {  # (task, split) -> possible files, relative to the data folder; {language} and {shots} are filled in
-    ("xgqa", "train"): ["gqa/annotations/train.json", "gqa/annotations/train_balanced_questions.json", "gqa/annotations/train_target.pkl"],
+    ("xgqa", "train"): ["gqa/annotations/train.json", "gqa/annotations/train_balanced_questions.json",
+                        "gqa/annotations/train_target.pkl"],
     ("xgqa", "valid"): ["gqa/annotations/valid.json", "gqa/annotations/val_target.pkl"],
     ("xgqa", "dev"): ["xGQA/annotations/few_shot/{language}/dev.json", "xGQA/annotations/few_shot/{language}/dev.pkl"],
     ("xgqa", "test"): ["xGQA/annotations/few_shot/{language}/test.json"],
-    ("xgqa", "few-shot"): ["xGQA/annotations/few_shot/{language}/train_{shots}.json", "xGQA/annotations/few_shot/{language}/train_{shots}.pkl"],
+    ("xgqa", "few-shot"): ["xGQA/annotations/few_shot/{language}/train_{shots}.json",
+                           "xGQA/annotations/few_shot/{language}/train_{shots}.pkl"],
     ("xvnli", "train"): ["XVNLI/annotations/en/train.jsonl"],
     ("xvnli", "dev"): ["XVNLI/annotations/{language}/dev.jsonl"],
     ("xvnli", "test"): ["XVNLI/annotations/{language}/test.jsonl"],
@@ -165,7 +176,8 @@ def annotation_file(data, task, split, language="en", shots=None):
     for name in names:
         if os.path.isfile(os.path.join(data, name)):
             return os.path.join(data, name)
-    raise InputError(f"{data}: no {' or '.join(names)}; `python data.py --check {data}` lists what is missing and where to get it")
+    raise InputError(f"{data}: no {' or '.join(names)}; `python data.py --check {data}` lists what is missing and "
+                     "where to get it")
 
 
 def read_records(data, task, split, language="en", shots=None):
@@ -184,16 +196,21 @@ def name_answers(records, labels, path):
     for record in records:
         unknown = [label for label in record.answers if not 0 <= label < len(labels)]
         if unknown:
-            raise InputError(f"{path}, question {record.id}: there is no label {unknown[0]}; the label map has 0 to {len(labels) - 1}")
+            raise InputError(f"{path}, question {record.id}: there is no label {unknown[0]}; the label map has 0 to "
+                             f"{len(labels) - 1}")
         record.answers = {labels[label]: weight for label, weight in record.answers.items()}
 
 
 def read_labels(data):
-    """GQA's 1,842 answers in the order of their label ids. The file's key order means nothing; both files must agree."""
+    """GQA's 1,842 answers in the order of their label ids.
+
+    The file's key order means nothing; both files must agree.
+    """
     folder = os.path.join(data, "gqa", "annotations")
     path = os.path.join(folder, "trainval_ans2label.json")
     ids = read_json(path)
-    if not isinstance(ids, dict) or not ids or sorted(v for v in ids.values() if type(v) is int) != list(range(len(ids))):
+    if (not isinstance(ids, dict) or not ids
+            or sorted(v for v in ids.values() if type(v) is int) != list(range(len(ids)))):
         raise InputError(f"{path}: expected a dict from every answer to its label id: 0, 1, 2, …, each once")
     labels = [check_text(answer, path) for answer in sorted(ids, key=ids.get)]
     if not all(answer.strip() for answer in labels):
@@ -224,12 +241,15 @@ def strip_punctuation(text):
 
 
 class Ragged:
-    """Rows of different lengths in one flat array (a list of a million small arrays would be slow to build and to share with workers)."""
+    """Rows of different lengths in one flat array (a list of a million small arrays would be
+    slow to build and to share with workers).
+    """
 
     def __init__(self, rows):
         self.lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         self.ends = self.lengths.cumsum()
-        self.values = np.fromiter((value for row in rows for value in row), dtype=np.int32, count=int(self.lengths.sum()))
+        self.values = np.fromiter((value for row in rows for value in row), dtype=np.int32,
+                                  count=int(self.lengths.sum()))
 
     def __len__(self):
         return len(self.ends)
@@ -239,7 +259,10 @@ class Ragged:
 
 
 class Tokenizer:
-    """XLM-R's tokenizer: a sentencepiece model with fairseq's ids. <s> 0, <pad> 1, </s> 2, <unk> 3, piece s of the model s + 1, <mask> last."""
+    """XLM-R's tokenizer: a sentencepiece model with fairseq's ids.
+
+    <s> 0, <pad> 1, </s> 2, <unk> 3, piece s of the model s + 1, <mask> last.
+    """
 
     longest = 512  # tokens of a text that the model has positions for
 
@@ -256,17 +279,23 @@ class Tokenizer:
         self.path, self.mask, self.vocabulary = path, self.model.vocab_size() + 1, self.model.vocab_size() + 2
 
     def __call__(self, texts, max_tokens=None):
-        """Texts -> Ragged rows <s> … </s>; a row longer than max_tokens keeps its first max_tokens - 2 pieces and both ends."""
+        """Texts -> Ragged rows <s> … </s>; a row longer than max_tokens keeps its first
+        max_tokens - 2 pieces and both ends.
+        """
         limit = None if max_tokens is None else max_tokens - 2
-        return Ragged([[BOS, *(piece + 1 if piece else UNK for piece in pieces[:limit]), EOS] for pieces in self.model.encode(list(texts))])
+        return Ragged([[BOS, *(piece + 1 if piece else UNK for piece in pieces[:limit]), EOS]
+                       for pieces in self.model.encode(list(texts))])
 
     def check(self, expected_sha256, vocabulary):
-        """InputError if the checkpoint has another vocabulary; a line of warning, or None, if only the file differs from the known one."""
+        """InputError if the checkpoint has another vocabulary; a line of warning, or None, if
+        only the file differs from the known one.
+        """
         if self.vocabulary != vocabulary:
-            raise InputError(f"{self.path}: a tokenizer of {self.vocabulary:,} ids, but the checkpoint embeds {vocabulary:,}: "
-                             "it belongs to another model")
+            raise InputError(f"{self.path}: a tokenizer of {self.vocabulary:,} ids, but the checkpoint embeds "
+                             f"{vocabulary:,}: it belongs to another model")
         if self.sha256 != expected_sha256:
-            return f"{self.path}: sha256 {self.sha256[:12]}… is not the known {str(expected_sha256)[:12]}…: ids may differ from those of pre-training"
+            return (f"{self.path}: sha256 {self.sha256[:12]}… is not the known {str(expected_sha256)[:12]}…: "
+                    "ids may differ from those of pre-training")
         return None
 
 
@@ -312,7 +341,10 @@ def resize(image, size):
 
 
 def augment(image, size, flip):
-    """Training: flip half of the time where allowed, a random crop of 50-100 % of the area, two random operations. Draws from torch's generator."""
+    """Training: flip half of the time where allowed, a random crop of 50-100 % of the area, two random operations.
+
+    Draws from torch's generator.
+    """
     if flip and torch.rand(()) < 0.5:
         image = TF.horizontal_flip(image)
     image = RandomResizedCrop((size, size), scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC)(image)
@@ -324,7 +356,8 @@ def augment(image, size, flip):
 
 
 def warp(image, angle=0.0, translate=(0, 0), shear=(0.0, 0.0), center=None):
-    return TF.affine(image, angle, list(translate), 1.0, list(shear), InterpolationMode.BILINEAR, [128, 128, 128], center)
+    return TF.affine(image, angle, list(translate), 1.0, list(shear), InterpolationMode.BILINEAR,
+                     [128, 128, 128], center)
 
 
 SHEAR = float(np.degrees(np.arctan(0.21)))
@@ -343,9 +376,12 @@ OPERATIONS = [  # the reference's RandomAugment(2, 7): strength 7 of 10, the sig
 
 
 class Images:
-    """The images of a split by row. With a cache folder, each is decoded and resized once, to a memory-mapped uint8 file [I,R,R,3].
+    """The images of a split by row.
 
-    Training crops are then taken from the resized image and not from the original: a little blurrier, several times faster.
+    With a cache folder, each is decoded and resized once, to a memory-mapped uint8 file [I,R,R,3].
+
+    Training crops are then taken from the resized image and not from the original: a
+    little blurrier, several times faster.
     """
 
     def __init__(self, data, task, keys, size, cache=None, progress=lambda rows: rows):
@@ -383,7 +419,9 @@ class Images:
         return len(self.keys)
 
     def batch(self, rows, flips=None, seeds=None):
-        """{"images": uint8 [I,3,R,R]}; augmented where `seeds` (one per image) are given, flipped only where `flips` allows it."""
+        """{"images": uint8 [I,3,R,R]}; augmented where `seeds` (one per image) are given,
+        flipped only where `flips` allows it.
+        """
         images = []
         for i, row in enumerate(rows):
             image = read_image(self.paths[row]) if self.cached is None else Image.fromarray(self.cached[row])
@@ -408,7 +446,9 @@ def feature_folder(data, task, split):
 
 
 def locations(boxes, sizes):
-    """Boxes x1,y1,x2,y2 in pixels [I,V,4] and image sizes w,h [I,2] -> x1/w, y1/h, x2/w, y2/h, width, height, area: [I,V,7] float32."""
+    """Boxes x1,y1,x2,y2 in pixels [I,V,4] and image sizes w,h [I,2] -> x1/w, y1/h, x2/w, y2/h,
+    width, height, area: [I,V,7] float32.
+    """
     width, height = (sizes[:, None, i].astype(np.float32) for i in (0, 1))
     x1, y1, x2, y2 = (boxes[..., i].astype(np.float32) for i in range(4))
     columns = [x1 / width, y1 / height, x2 / width, y2 / height]
@@ -419,18 +459,21 @@ def locations(boxes, sizes):
 class Regions:
     """Region features of the images of a split, from a folder that `data.py --convert` wrote (memory-mapped float16).
 
-    meta.json {"format": 1, "count", "boxes", "dim", "complete": true}, ids.txt, features.npy [N,V,F], boxes.npy [N,V,4] pixels, sizes.npy [N,2] w,h;
-    with different numbers of regions: features [sum,F], boxes [sum,4], offsets.npy [N+1]; the first `boxes` of each image are used.
+    meta.json {"format": 1, "count", "boxes", "dim", "complete": true}, ids.txt, features.npy [N,V,F], boxes.npy
+    [N,V,4] pixels, sizes.npy [N,2] w,h; with different numbers of regions: features [sum,F], boxes [sum,4],
+    offsets.npy [N+1]; the first `boxes` of each image are used.
     """
 
     def __init__(self, folder, keys):
         self.folder, self.keys = folder, keys
         if not os.path.isdir(folder):
-            raise InputError(f"{folder}: no such folder of region features; `python data.py --convert SOURCE {folder}` writes one")
+            raise InputError(
+                f"{folder}: no such folder of region features; `python data.py --convert SOURCE {folder}` writes one")
         where = os.path.join(folder, "meta.json")
         meta = read_json(where)
         if not isinstance(meta, dict) or meta.get("complete") is not True:
-            raise InputError(f"{folder}: incomplete (meta.json does not say \"complete\": true); convert the features again")
+            raise InputError(
+                f"{folder}: incomplete (meta.json does not say \"complete\": true); convert the features again")
         count, self.boxes, self.dim = (expect(meta, name, int, where) for name in ("count", "boxes", "dim"))
         if meta.get("format") != 1 or min(count, self.boxes, self.dim) < 1:
             raise InputError(f"{where}: expected \"format\": 1 and positive \"count\", \"boxes\", \"dim\"")
@@ -446,10 +489,12 @@ class Regions:
         self.sizes = self.array("sizes.npy", (count, 2), np.int32)
         empty = (self.sizes < 1).any(1)
         if empty.any():
-            raise InputError(f"{folder}/sizes.npy: image {list(self.row_of)[empty.argmax()]} has no positive width and height")
+            raise InputError(
+                f"{folder}/sizes.npy: image {list(self.row_of)[empty.argmax()]} has no positive width and height")
         missing = [key for key in keys if key not in self.row_of]
         if missing:
-            raise InputError(f"{folder}: no features of image {missing[0]} ({len(missing):,} of {len(keys):,} images are missing)")
+            raise InputError(f"{folder}: no features of image {missing[0]} ({len(missing):,} of {len(keys):,} images "
+                             "are missing)")
         self.rows = np.array([self.row_of[key] for key in keys], dtype=np.int64)
 
     def read_ids(self, count):
@@ -461,7 +506,8 @@ class Regions:
             raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
         row_of = {image: row for row, image in enumerate(ids)}
         if len(row_of) != count or len(ids) != count:
-            raise InputError(f"{path}: {len(ids):,} ids, {len(row_of):,} of them different, but meta.json says {count:,}")
+            raise InputError(
+                f"{path}: {len(ids):,} ids, {len(row_of):,} of them different, but meta.json says {count:,}")
         return row_of
 
     def array(self, name, shape, *types):
@@ -485,10 +531,12 @@ class Regions:
             boxes, mask = np.zeros((*features.shape[:2], 4), np.float32), np.zeros(features.shape[:2], np.int64)
             for i, (row, count) in enumerate(zip(rows, counts)):
                 start = self.offsets[row]
-                features[i, :count], boxes[i, :count] = self.features[start : start + count], self.box_array[start : start + count]
+                features[i, :count] = self.features[start : start + count]
+                boxes[i, :count] = self.box_array[start : start + count]
                 mask[i, :count] = 1
         with np.errstate(over="ignore", invalid="ignore"):
-            place = locations(boxes, self.sizes[rows]) * mask[..., None].astype(np.float32)  # zero where an image is padded
+            # zero where an image is padded
+            place = locations(boxes, self.sizes[rows]) * mask[..., None].astype(np.float32)
         if not (all_finite(features) and all_finite(place)):
             bad = next(image for image, *numbers in zip(images, features, place) if not all(map(all_finite, numbers)))
             raise InputError(f"{self.folder}: the features or boxes of image {self.keys[bad]} are not finite")
@@ -508,7 +556,9 @@ def all_finite(array):
 
 @dataclass
 class TextRules:
-    """How one model reads texts for one task: clean-up ("question", "caption" or "" for none) and limits; None is no limit."""
+    """How one model reads texts for one task: clean-up ("question", "caption" or "" for
+    none) and limits; None is no limit.
+    """
 
     clean: str
     train_words: int | None
@@ -537,22 +587,28 @@ class Examples:
         texts = rules.prepare([record.text for record in records], training)
         self.tokens = tokenizer(texts, rules.train_tokens if training else rules.test_tokens)
         for i in np.flatnonzero(self.tokens.lengths > tokenizer.longest)[:1]:
-            raise InputError(f"{source}, {records[i].id}: {self.tokens.lengths[i]:,} tokens, the model has positions for "
+            raise InputError(
+                f"{source}, {records[i].id}: {self.tokens.lengths[i]:,} tokens, the model has positions for "
                              f"{tokenizer.longest}")
         # a mirrored image would make an answer about sides wrong (English words, as in the reference)
-        self.may_flip = np.array([not any(side in text for side in ("left", "right") for text in (record.text, *map(str, record.answers)))
-                                  for record in records])
+        self.may_flip = np.array(
+            [not any(side in text for side in ("left", "right") for text in (record.text, *map(str, record.answers)))
+             for record in records])
 
     def __len__(self):
         return len(self.records)
 
 
-def load_examples(data, task, split, rules, tokenizer, language="en", shots=None, training=False, keep=lambda text, record: True, limit=None):
-    """Examples of one split in one language: the first `limit`, without those that `keep(cleaned text, record)` refuses."""
+def load_examples(data, task, split, rules, tokenizer, language="en", shots=None, training=False,
+                  keep=lambda text, record: True, limit=None):
+    """Examples of one split in one language: the first `limit`, without those that
+    `keep(cleaned text, record)` refuses.
+    """
     source, records = read_records(data, task, split, language, shots)
     records = records[:limit]
     texts = rules.prepare([record.text for record in records], training)
-    return Examples(source, [record for record, text in zip(records, texts) if keep(text, record)], rules, tokenizer, training)
+    return Examples(source, [record for record, text in zip(records, texts) if keep(text, record)], rules,
+                    tokenizer, training)
 
 
 def check_answers(examples, labels):
@@ -560,7 +616,8 @@ def check_answers(examples, labels):
     known = set(labels)
     unknown = [(record.id, answer) for record in examples.records for answer in record.answers if answer not in known]
     if unknown:
-        raise InputError(f"{examples.source}, question {unknown[0][0]}: the answer {unknown[0][1]!r} is not among the {len(labels):,} labels "
+        raise InputError(f"{examples.source}, question {unknown[0][0]}: the answer {unknown[0][1]!r} is not among the "
+                         f"{len(labels):,} labels "
                          f"({len(unknown):,} such questions)")
 
 
@@ -569,10 +626,12 @@ def check_answers(examples, labels):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch, pool=16, groups=None, group_size=None):
-    """Batches of one epoch, example indices [steps, batch_size]; what does not fill a batch is left out, a different rest in every epoch.
+    """Batches of one epoch, example indices [steps, batch_size]; what does not fill a batch is
+    left out, a different rest in every epoch.
 
-    Texts of similar length share a batch: `pool` batches at a time are drawn at random, sorted by length, cut, and shuffled. With `groups` (the
-    image row of every example) up to `group_size` examples of one image stay together instead. The batches do not depend on processes or workers.
+    Texts of similar length share a batch: `pool` batches at a time are drawn at random, sorted by length, cut, and
+    shuffled. With `groups` (the image row of every example) up to `group_size` examples of one image stay together
+    instead. The batches do not depend on processes or workers.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
@@ -593,7 +652,9 @@ def epoch_batches(lengths, batch_size, seed, epoch, pool=16, groups=None, group_
 
 
 def shards(batch, count):
-    """A batch in `count` equal parts, for processes and accumulation; consecutive, so sorted texts and grouped images stay together."""
+    """A batch in `count` equal parts, for processes and accumulation; consecutive, so sorted
+    texts and grouped images stay together.
+    """
     return batch.reshape(count, -1)
 
 
@@ -605,8 +666,9 @@ def item_generator(seed, epoch, index):
 class TrainingBatches(torch.utils.data.Dataset):
     """(epoch, example indices) -> the batch of tensors that the model's loss takes, and the records' ids under "ids".
 
-    pictures: `Images` or `Regions` of `examples.image_keys`; targets: function (indices, generators) -> dict of tensors that adds what the task
-    needs; share_images: load an image once for all examples of the batch that show it (always so for region features).
+    pictures: `Images` or `Regions` of `examples.image_keys`; targets: function (indices, generators) -> dict
+    of tensors that adds what the task needs; share_images: load an image once for all examples of the batch
+    that show it (always so for region features).
     """
 
     def __init__(self, examples, pictures, targets, seed, augment, share_images):
@@ -628,24 +690,28 @@ class TrainingBatches(torch.utils.data.Dataset):
             rows, first, index = np.unique(rows, return_index=True, return_inverse=True)
             batch["image_index"] = torch.from_numpy(index)
         seeds = [int(generators[i].integers(2**62)) for i in first] if self.augment else None
-        flips = examples.may_flip[indices] if index is None else [examples.may_flip[indices][index == i].all() for i in range(len(rows))]
+        flips = (examples.may_flip[indices] if index is None
+                 else [examples.may_flip[indices][index == i].all() for i in range(len(rows))])
         batch.update(self.pictures.batch(rows, flips, seeds))
         batch.update(self.targets(indices, generators))
         return batch
 
 
 class RankingBatches(TrainingBatches):
-    """UC2 on xFlickrCO: for each caption c of image i the four pairs (i, c), (i, caption of another image), (another image, c), (i, hard caption).
+    """UC2 on xFlickrCO: for each caption c of image i the four pairs (i, c), (i, caption of another
+    image), (another image, c), (i, hard caption).
 
-    The hard caption belongs to an image of i's pool of similar images (IGLUE's hard_negative.pkl) or, where there is no pool, to any other image.
-    Every image and caption of the batch is embedded once; image_index and text_index [4B] say which of them form the pairs. `first_image_bug`
-    draws all negative captions from the first image of the file, as IGLUE's code does by mistake and its published numbers rest on.
+    The hard caption belongs to an image of i's pool of similar images (IGLUE's hard_negative.pkl) or, where there is no
+    pool, to any other image. Every image and caption of the batch is embedded once; image_index and text_index [4B] say
+    which of them form the pairs. `first_image_bug` draws all negative captions from the first image of the file, as
+    IGLUE's code does by mistake and its published numbers rest on.
     """
 
     def __init__(self, examples, pictures, seed, pools, first_image_bug=False):
         super().__init__(examples, pictures, None, seed, augment=False, share_images=True)
         rows = examples.image_rows
-        self.captions_of = np.split(np.argsort(rows, kind="stable"), np.cumsum(np.bincount(rows))[:-1])  # image row -> its captions
+        # image row -> its captions
+        self.captions_of = np.split(np.argsort(rows, kind="stable"), np.cumsum(np.bincount(rows))[:-1])
         self.pools, self.first_image_bug = pools, first_image_bug
         if len(self.captions_of) < 2:
             raise InputError(f"{examples.source}: captions of one image only; there is nothing to tell it from")
@@ -669,7 +735,8 @@ class RankingBatches(TrainingBatches):
             texts += [int(index), random_caption, int(index), self.caption(hard, generator)]
         images, image_index = np.unique(images, return_inverse=True)
         texts, text_index = np.unique(texts, return_inverse=True)
-        batch = {"ids": [self.examples.records[i].id for i in indices], "image_index": torch.from_numpy(image_index), "text_index": torch.from_numpy(text_index)}
+        batch = {"ids": [self.examples.records[i].id for i in indices], "image_index": torch.from_numpy(image_index),
+                 "text_index": torch.from_numpy(text_index)}
         batch["input_ids"], batch["attention_mask"] = pad([self.examples.tokens[i] for i in texts])
         return batch | self.pictures.batch(images)
 
@@ -677,7 +744,8 @@ class RankingBatches(TrainingBatches):
 def read_hard_negatives(data, image_keys):
     """flickr30k/hard_negative.pkl -> {image row: rows of similar images}; empty where there is no such file.
 
-    train_image_list names the images, train_hard_pool holds for each the positions of the most similar ones, itself first.
+    train_image_list names the images, train_hard_pool holds for each the positions of
+    the most similar ones, itself first.
     """
     path = os.path.join(data, "flickr30k", "hard_negative.pkl")
     if not os.path.isfile(path):
@@ -685,13 +753,15 @@ def read_hard_negatives(data, image_keys):
     loaded = read_pickle(path)
     names, pools = expect(loaded, "train_image_list", list, path), expect(loaded, "train_hard_pool", list, path)
     if len(names) != len(pools):
-        raise InputError(f"{path}: {len(names):,} images in train_image_list, but {len(pools):,} pools in train_hard_pool")
+        raise InputError(f"{path}: {len(names):,} images in train_image_list, but {len(pools):,} pools in "
+                         "train_hard_pool")
     row_of = {key: row for row, key in enumerate(image_keys)}
     rows = [row_of.get(image_key(name, path)) for name in names]
     similar = {}
     for name, row, pool in zip(names, rows, pools):
         if not isinstance(pool, list) or not all(is_position(i, len(names)) for i in pool):
-            raise InputError(f"{path}: the pool of image {shorten(name)} must be a list of positions in train_image_list")
+            raise InputError(f"{path}: the pool of image {shorten(name)} must be a list of positions in "
+                             "train_image_list")
         similar[row] = np.array([rows[int(i)] for i in pool[1:] if rows[int(i)] is not None], dtype=np.int64)
     return {row: pool for row, pool in similar.items() if row is not None and len(pool)}
 
@@ -702,7 +772,9 @@ def is_position(value, length):
 
 
 def training_items(examples, batch_size, seed, epochs, first_step, parts, mine, **order):
-    """The (epoch, indices) items of one process from optimizer step `first_step` on: parts `mine` of each batch's `parts`."""
+    """The (epoch, indices) items of one process from optimizer step `first_step` on:
+    parts `mine` of each batch's `parts`.
+    """
     steps = len(examples) // batch_size
     for epoch in range(first_step // steps, epochs):
         batches = epoch_batches(examples.tokens.lengths, batch_size, seed, epoch, **order)
@@ -720,9 +792,13 @@ class Items(torch.utils.data.Sampler):
 
 
 def load_batches(dataset, items, workers, device):
-    """Batches of `dataset` for `items`, made ahead by worker processes (0: in this one). InputError of a worker is raised here."""
+    """Batches of `dataset` for `items`, made ahead by worker processes (0: in this one).
+
+    InputError of a worker is raised here.
+    """
     options = {"prefetch_factor": 4} if workers else {}
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=Items(items), num_workers=workers, pin_memory=device.type == "cuda", **options)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=Items(items), num_workers=workers,
+                                         pin_memory=device.type == "cuda", **options)
     for batch in loader:
         if isinstance(batch, InputError):
             raise batch
@@ -746,7 +822,9 @@ def answer_targets(examples, answer_tokens):
 
 
 def class_targets(examples, class_of):
-    """Dense targets [B,classes] for a binary cross-entropy per class (UC2): 1 at the answer, all zero where there is none. class_of: string -> id."""
+    """Dense targets [B,classes] for a binary cross-entropy per class (UC2): 1 at the answer, all zero
+    where there is none. class_of: string -> id.
+    """
 
     def targets(indices, generators):
         dense = torch.zeros(len(indices), len(class_of))
@@ -768,7 +846,8 @@ def label_targets(examples, class_of):
 def contrast_targets(examples):
     """CCLM on xFlickrCO: image_ids [B], and uniform [B,2], the draws of the hard negatives."""
     return lambda indices, generators: {"image_ids": torch.from_numpy(examples.image_rows[indices]),
-                                        "uniform": torch.from_numpy(np.stack([g.random(2) for g in generators])).float()}
+                                        "uniform": torch.from_numpy(
+                                            np.stack([g.random(2) for g in generators])).float()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -779,12 +858,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a folder of IGLUE's files, or convert region features.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--check", metavar="DIR", help="list what is there, what is missing and where to get it, what is wrong")
+    what.add_argument("--check", metavar="DIR",
+                      help="list what is there, what is missing and where to get it, what is wrong")
     what.add_argument("--convert", nargs="+", metavar="PATH",
-                      help="SOURCE... DST: write the region features of H5 files, TSV files and folders of npy files to a new folder")
+                      help="SOURCE... DST: write the region features of H5 files, TSV files and folders of npy files "
+                           "to a new folder")
     parser.add_argument("--json", action="store_true", help="with --check: print JSON")
-    parser.add_argument("--tokenizer", metavar="FILE", help="with --check: is this XLM-R's own sentencepiece.bpe.model?")
-    parser.add_argument("--boxes", type=int, metavar="N", help="with --convert: most regions used per image (default: all where every "
+    parser.add_argument("--tokenizer", metavar="FILE", help="with --check: is this XLM-R's own "
+                                                            "sentencepiece.bpe.model?")
+    parser.add_argument("--boxes", type=int, metavar="N",
+                        help="with --convert: most regions used per image (default: all where every "
                                                                "image has as many, else 36)")
     args = parser.parse_args(argv)
     if args.boxes is not None and (args.boxes < 1 or not args.convert):

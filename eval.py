@@ -1,11 +1,13 @@
-"""Zero-shot evaluation in all languages (paper section 4.1): xGQA and XVNLI accuracy, xFlickrCO recall at 1, 5, 10 both ways.
+"""Zero-shot evaluation in all languages (paper section 4.1): xGQA and XVNLI accuracy,
+xFlickrCO recall at 1, 5, 10 both ways.
 
-    python eval.py RUN [--languages de,ko] [--split test]        score a trained run again, without training
-    python eval.py --compare RUN_A RUN_B                         difference per language with a paired bootstrap interval
-    python eval.py --score PREDICTIONS --truth TEST.json         score a file of xGQA predictions, of whatever origin
+    python eval.py RUN [--languages de,ko] [--split test]     score a trained run again, without training
+    python eval.py --compare RUN_A RUN_B                      difference per language with a paired bootstrap interval
+    python eval.py --score PREDICTIONS --truth TEST.json      score a file of xGQA predictions, of whatever origin
 
-What several texts share is computed once: an image passes the image encoder once for all languages and all of its texts, and so do its
-cross-attention keys and values. Answers are the exact argmax over all labels (`cclm.best_answers`).
+What several texts share is computed once: an image passes the image encoder once for all
+languages and all of its texts, and so do its cross-attention keys and values. Answers are the
+exact argmax over all labels (`cclm.best_answers`).
 
 Letters: B texts, T tokens, D width, I images, N all texts of a language.
 """
@@ -40,7 +42,10 @@ RECALLS = (1, 5, 10)
 
 @dataclass
 class EvaluationSet:
-    """One task's split in several languages. pictures: every image that any of the languages shows, rows as in `image_rows[language]`."""
+    """One task's split in several languages.
+
+    pictures: every image that any of the languages shows, rows as in `image_rows[language]`.
+    """
 
     task: str
     examples: dict  # language -> data.Examples
@@ -55,11 +60,13 @@ def load_split(args, recipe, tokenizer, labels, split, languages=None):
     # CCLM's code leaves out an image whose caption is empty, IGLUE's ranks it
     keep = has_text if args.task == "xflickrco" and args.model == "cclm" else lambda text, record: True
     rules = data.text_rules(recipe)
-    examples = {language: data.load_examples(args.data, args.task, split, rules, tokenizer, language, keep=keep, limit=args.limit)
+    examples = {language: data.load_examples(args.data, args.task, split, rules, tokenizer, language, keep=keep,
+                                             limit=args.limit)
                 for language in languages or data.LANGUAGES[args.task]}
     keys = list(dict.fromkeys(key for language in examples.values() for key in language.image_keys))
     row_of = {key: row for row, key in enumerate(keys)}
-    rows = {name: np.array([row_of[key] for key in language.image_keys])[language.image_rows] for name, language in examples.items()}
+    rows = {name: np.array([row_of[key] for key in language.image_keys])[language.image_rows]
+            for name, language in examples.items()}
     return EvaluationSet(args.task, examples, make_pictures(args, recipe, split, keys), rows, names)
 
 
@@ -75,7 +82,9 @@ def make_pictures(args, recipe, split, keys):
 
 
 def introduce(model, tokenizer, labels):
-    """What model and tokenizer must know of each other: the longest text, and the answers of a model that generates them."""
+    """What model and tokenizer must know of each other: the longest text, and the
+    answers of a model that generates them.
+    """
     tokenizer.longest = model.longest_text
     if hasattr(model, "set_answers") and labels:
         model.set_answers([row[1:-1].tolist() for row in tokenizer(labels)])
@@ -116,11 +125,13 @@ def picture_batches(pictures, rows, size, workers, device, description):
 
 
 @torch.inference_mode()
-def evaluate(model, evaluation, device, precision="float32", workers=0, image_batch=None, text_batch=None, candidates=128):
+def evaluate(model, evaluation, device, precision="float32", workers=0, image_batch=None, text_batch=None,
+             candidates=128):
     """-> (results, predictions), both by language.
 
-    results[language]: {"accuracy", "n", "by_type", …} in percent, or for retrieval {"text_recall_at_1", …, "image_recall_at_1", …}. predictions[language]:
-    one dict per record, in file order. Every process of a distributed run takes its share of the images, and all get the whole result.
+    results[language]: {"accuracy", "n", "by_type", …} in percent, or for retrieval {"text_recall_at_1", …,
+    "image_recall_at_1", …}. predictions[language]: one dict per record, in file order. Every process of a distributed
+    run takes its share of the images, and all get the whole result.
     """
     gpu = device.type == "cuda"
     image_batch, text_batch = image_batch or (64 if gpu else 16), text_batch or (512 if gpu else 128)
@@ -158,7 +169,9 @@ def classify(model, evaluation, device, image_batch, text_batch, workers, _):
 
 
 def texts_with_images(model, evaluation, device, image_batch=16, text_batch=128, workers=0):
-    """This process's share of all texts, each with its image, in batches: ([(language, example)], (text states, attention mask, memory))."""
+    """This process's share of all texts, each with its image, in batches: ([(language, example)],
+    (text states, attention mask, memory)).
+    """
     texts_of = defaultdict(list)  # image row -> [(language, example)]
     for language, rows in evaluation.image_rows.items():
         for i, row in enumerate(rows):
@@ -168,15 +181,20 @@ def texts_with_images(model, evaluation, device, image_batch=16, text_batch=128,
     for rows, pictures in picture_batches(evaluation.pictures, mine, image_batch, workers, device, "evaluating"):
         memory = model.memory(pictures)  # once for all languages
         for batch in text_batches([texts_of[row] for row in rows], evaluation.examples, text_batch):
-            input_ids, attention_mask = (x.to(device) for x in data.pad([evaluation.examples[language].tokens[i] for _, language, i in batch]))
+            input_ids, attention_mask = (
+                x.to(device) for x in data.pad([evaluation.examples[language].tokens[i] for _, language, i in batch]))
             positions = [position for position, _, _ in batch]
-            shared = positions[:1] if len(set(positions)) == 1 else positions  # texts of one image share its keys and values uncopied
+            # texts of one image share its keys and values uncopied
+            shared = positions[:1] if len(set(positions)) == 1 else positions
             states = model.encode_texts(input_ids, attention_mask)
-            yield [(language, i) for _, language, i in batch], (states, attention_mask, select(memory, torch.tensor(shared, device=device)))
+            yield [(language, i) for _, language, i in batch], (states, attention_mask,
+                                                                select(memory, torch.tensor(shared, device=device)))
 
 
 def text_batches(texts_of_images, examples, size):
-    """Batches of (position of the image in its chunk, language, example): images with many texts by themselves, the others together; by length."""
+    """Batches of (position of the image in its chunk, language, example): images with many texts by
+    themselves, the others together; by length.
+    """
     together = []
     for position, texts in enumerate(texts_of_images):
         entries = [(position, language, i) for language, i in texts]
@@ -205,21 +223,30 @@ def percent(values):
 
 
 def score_answers(records, predictions):
-    """Exact match with the gold answer, overall and by question type. An answer outside the label map stays in the denominator."""
+    """Exact match with the gold answer, overall and by question type.
+
+    An answer outside the label map stays in the denominator.
+    """
     correct = [prediction in record.answers for record, prediction in zip(records, predictions)]
     by_type = defaultdict(list)
     for record, right in zip(records, correct):
         by_type[record.type].append(right)
     return {"accuracy": percent(correct), "n": len(correct),
-            "by_type": {name: {"accuracy": percent(part), "n": len(part)} for name, part in sorted(by_type.items()) if name}}
+            "by_type": {name: {"accuracy": percent(part), "n": len(part)}
+                        for name, part in sorted(by_type.items()) if name}}
 
 
 def score_labels(records, predictions):
-    """Accuracy as IGLUE counts: pairs without a gold label ("-") are in the denominator and always wrong. The other reading is beside it."""
+    """Accuracy as IGLUE counts: pairs without a gold label ("-") are in the denominator and always wrong.
+
+    The other reading is beside it.
+    """
     correct = [prediction == record.label for record, prediction in zip(records, predictions)]
     labelled = [right for record, right in zip(records, correct) if record.label != "-"]
-    by_type = {label: [right for record, right in zip(records, correct) if record.label == label] for label in sorted({r.label for r in records} - {"-"})}
-    return {"accuracy": percent(correct), "n": len(correct), "accuracy_labelled": percent(labelled), "n_labelled": len(labelled),
+    by_type = {label: [right for record, right in zip(records, correct) if record.label == label]
+               for label in sorted({r.label for r in records} - {"-"})}
+    return {"accuracy": percent(correct), "n": len(correct), "accuracy_labelled": percent(labelled),
+            "n_labelled": len(labelled),
             "by_type": {name: {"accuracy": percent(part), "n": len(part)} for name, part in by_type.items()}}
 
 
@@ -230,7 +257,8 @@ def score_labels(records, predictions):
 def retrieve(model, evaluation, device, image_batch, text_batch, workers, candidates):
     rank, processes = ranks()
     mine = list(range(len(evaluation.pictures)))[rank::processes]
-    images, features = {}, {}  # of this process's images: what the model keeps of each, and its contrastive features if it has such
+    # of this process's images: what the model keeps of each, and its contrastive features if it has such
+    images, features = {}, {}
     for rows, pictures in picture_batches(evaluation.pictures, mine, image_batch, workers, device, "images"):
         encoded = model.encode_images(pictures)
         images.update(zip(rows, (rows_of(encoded, slice(i, i + 1)) for i in range(len(rows)))))
@@ -238,7 +266,8 @@ def retrieve(model, evaluation, device, image_batch, text_batch, workers, candid
             features.update(zip(rows, model.image_features(encoded).float().cpu()))
     features = {row: feature for part in from_all_ranks(features) for row, feature in part.items()}
     results, predictions = {}, {}
-    texts = {language: encode_all_texts(model, examples, device, text_batch) for language, examples in evaluation.examples.items()}
+    texts = {language: encode_all_texts(model, examples, device, text_batch)
+             for language, examples in evaluation.examples.items()}
     wanted = {}
     for language, rows in evaluation.image_rows.items():
         columns = np.unique(rows)  # the images of this language
@@ -259,8 +288,8 @@ def retrieve(model, evaluation, device, image_batch, text_batch, workers, candid
         columns, by_text, by_image = wanted[language]
         total = sum(from_all_ranks(scores[language]))
         gold = torch.from_numpy(np.searchsorted(columns, evaluation.image_rows[language]))
-        results[language], predictions[language] = rank_both_ways(total, by_text, by_image, gold, examples,
-                                                                  [evaluation.pictures.keys[int(row)] for row in columns])
+        keys = [evaluation.pictures.keys[int(row)] for row in columns]
+        results[language], predictions[language] = rank_both_ways(total, by_text, by_image, gold, examples, keys)
     return results, predictions
 
 
@@ -291,11 +320,13 @@ def encode_all_texts(model, examples, device, batch):
     for some in order.split(batch):
         input_ids, attention_mask = (x.to(device) for x in data.pad([examples.tokens[i] for i in some]))
         encoded = model.encode_texts(input_ids, attention_mask)
-        text_features = model.text_features(encoded).float().cpu() if hasattr(model, "text_features") else [None] * len(some)
+        text_features = (model.text_features(encoded).float().cpu() if hasattr(model, "text_features")
+                         else [None] * len(some))
         for i, state, mask, feature in zip(some.tolist(), encoded, attention_mask, text_features):
             states[i], masks[i], features[i] = state[: lengths[i]], mask[: lengths[i]], feature
     pad = torch.nn.utils.rnn.pad_sequence
-    return Texts(pad(states, True), pad(masks, True), lengths, torch.stack(features) if features[0] is not None else None)
+    return Texts(pad(states, True), pad(masks, True), lengths,
+                 torch.stack(features) if features[0] is not None else None)
 
 
 def score_pairs(model, texts, rows, memory, batch):
@@ -304,24 +335,30 @@ def score_pairs(model, texts, rows, memory, batch):
     order = texts.lengths[rows].argsort(stable=True)
     for some in order.split(batch):
         chosen, longest = rows[some], int(texts.lengths[rows[some]].max())
-        scores[some] = model.match_scores(texts.states[chosen, :longest], texts.attention_mask[chosen, :longest], memory).float().cpu()
+        scores[some] = model.match_scores(texts.states[chosen, :longest], texts.attention_mask[chosen, :longest],
+                                          memory).float().cpu()
     return scores
 
 
 def rank_both_ways(scores, by_text, by_image, gold, examples, image_keys):
-    """scores [N,I]; by_text, by_image: the candidates of each text, of each image (others rank below); gold [N]: column of each text's image."""
+    """scores [N,I]; by_text, by_image: the candidates of each text, of each image (others rank
+    below); gold [N]: column of each text's image.
+    """
     images = scores.masked_fill(~by_text, -torch.inf)
     texts = scores.masked_fill(~by_image, -torch.inf).T.contiguous()
     image_order = images.argsort(dim=1, descending=True, stable=True)  # [N,I]
     text_order = texts.argsort(dim=1, descending=True, stable=True)  # [I,N]
     image_rank = (image_order == gold[:, None]).int().argmax(1)
-    text_rank = (gold[text_order] == torch.arange(len(texts))[:, None]).int().argmax(1)  # the best of the image's captions
+    # the best of the image's captions
+    text_rank = (gold[text_order] == torch.arange(len(texts))[:, None]).int().argmax(1)
     result = {f"text_recall_at_{k}": percent((text_rank < k).tolist()) for k in RECALLS}
     result |= {f"image_recall_at_{k}": percent((image_rank < k).tolist()) for k in RECALLS}
     result |= {"n_images": len(texts), "n_texts": len(images)}
     ids = [record.id for record in examples.records]
-    predictions = [{"text": ids[i], "images": [image_keys[j] for j in image_order[i, :10].tolist()], "rank": int(image_rank[i])} for i in range(len(ids))]
-    predictions += [{"image": image_keys[j], "texts": [ids[i] for i in text_order[j, :10].tolist()], "rank": int(text_rank[j])}
+    predictions = [{"text": ids[i], "images": [image_keys[j] for j in image_order[i, :10].tolist()],
+                    "rank": int(image_rank[i])} for i in range(len(ids))]
+    predictions += [{"image": image_keys[j], "texts": [ids[i] for i in text_order[j, :10].tolist()],
+                     "rank": int(text_rank[j])}
                     for j in range(len(image_keys))]
     return result, predictions
 
@@ -340,16 +377,21 @@ def headline(task):
 def table(task, results):
     """Results by language as text: English, the others, their mean; accuracies by type in further columns."""
     metrics = headline(task)
+    if task == "xvnli":  # IGLUE counts pairs without a gold label as wrong; this is the accuracy on the others
+        metrics = [*metrics, ("accuracy_labelled", "without -")]
     types = list(next(iter(results.values())).get("by_type", {}))
     rows = [["", *(heading for _, heading in metrics), *types]]
     for language, scores in results.items():
-        rows.append([language, *(f"{scores[name]:.1f}" for name, _ in metrics), *(f"{scores['by_type'][t]['accuracy']:.1f}" for t in types)])
+        rows.append([language, *(f"{scores[name]:.1f}" for name, _ in metrics),
+                     *(f"{scores['by_type'][t]['accuracy']:.1f}" for t in types)])
     others = [scores for language, scores in results.items() if language != "en"]
     if others:
         rows.append([f"mean of {len(others)} others", *(f"{mean_zero_shot(results, name):.1f}" for name, _ in metrics),
-                     *(f"{sum(scores['by_type'][t]['accuracy'] for scores in others) / len(others):.1f}" for t in types)])
+                     *(f"{sum(scores['by_type'][t]['accuracy'] for scores in others) / len(others):.1f}"
+                       for t in types)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]) for row in rows)
+    rows = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows]
+    return "\n".join("  ".join(row) for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,7 +411,8 @@ def read_results(run):
     path = os.path.join(run, "results.json")
     if not os.path.isfile(path):
         read_run(run)
-        raise InputError(f"{run}: this run is not finished (no results.json); go on with it: train.py ... --run {run} --resume")
+        raise InputError(
+            f"{run}: this run is not finished (no results.json); go on with it: train.py ... --run {run} --resume")
     return files.read_json(path)
 
 
@@ -387,7 +430,8 @@ def load_run(run, device, epoch=None):
     args, recipe = read_run(run)
     path = os.path.join(run, "model.pt" if epoch is None else f"epoch{epoch}.pt")
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such weights; " + ("the run is not finished" if epoch is None else "train.py keeps them with --save-epochs"))
+        raise InputError(f"{path}: no such weights; "
+                         + ("the run is not finished" if epoch is None else "train.py keeps them with --save-epochs"))
     model, tokenizer = load_weights(path, args, device), data.Tokenizer(args.tokenizer)
     labels = data.read_labels(args.data) if args.task == "xgqa" else []
     introduce(model, tokenizer, labels)
@@ -432,11 +476,13 @@ def compare(run_a, run_b, draws=10000):
     for name, heading in headline(args_a.task):
         outcomes = [paired_outcomes(run_a, run_b, args_a, language, name) for language in languages]
         low, high = paired_bootstrap(outcomes, draws)
-        lines = [(language, *(result[language][name] for result in results), low[i], high[i]) for i, language in enumerate(languages)]
+        lines = [(language, *(result[language][name] for result in results), low[i], high[i])
+                 for i, language in enumerate(languages)]
         others = [i for i, language in enumerate(languages) if language != "en"]
         if others:
             low, high = paired_bootstrap(outcomes, draws, others)
-            lines.append((f"mean of {len(others)} others", *(sum(result[languages[i]][name] for i in others) / len(others) for result in results), low, high))
+            means = (sum(result[languages[i]][name] for i in others) / len(others) for result in results)
+            lines.append((f"mean of {len(others)} others", *means, low, high))
         width = max(len(line[0]) for line in lines)
         print(f"{heading:{width}}       A       B   B - A   95 % interval")
         for label, a, b, low_end, high_end in lines:
@@ -448,33 +494,41 @@ def paired_outcomes(run_a, run_b, args, language, metric):
     paths = [os.path.join(run, "predictions", f"{language}.json") for run in (run_a, run_b)]
     a, b = (outcomes_of(files.read_json(path), args, language, metric, path) for path in paths)
     if a.keys() != b.keys():
-        raise InputError(f"{paths[1]}: predicts other items than {paths[0]}; runs on the same test data can be compared")
+        raise InputError(
+            f"{paths[1]}: predicts other items than {paths[0]}; runs on the same test data can be compared")
     images = {image for image, _ in a.values()}
     number = {image: i for i, image in enumerate(sorted(images))}
-    return np.array([number[image] for image, _ in a.values()]), np.array([b[key][1] - a[key][1] for key in a], dtype=float)
+    return (np.array([number[image] for image, _ in a.values()]),
+            np.array([b[key][1] - a[key][1] for key in a], dtype=float))
 
 
 def outcomes_of(predictions, args, language, metric, path):
     """Predictions file -> {item: (image, 1 if right else 0)}."""
     if args.task == "xflickrco":
         kind = "image" if metric.startswith("text") else "text"
-        return {entry[kind]: (entry[kind].split("#")[0], int(entry["rank"] == 0)) for entry in predictions if kind in entry}
+        return {entry[kind]: (entry[kind].split("#")[0], int(entry["rank"] == 0)) for entry in predictions
+                if kind in entry}
     _, records = data.read_records(args.data, args.task, "test", language)
     key = "questionId" if args.task == "xgqa" else "id"
-    predicted = {files.expect(entry, key, str, path): files.expect(entry, "prediction", str, path) for entry in predictions}
-    return {record.id: (record.image, int(predicted[record.id] in (record.answers or [record.label]))) for record in records if record.id in predicted}
+    predicted = {files.expect(entry, key, str, path): files.expect(entry, "prediction", str, path)
+                 for entry in predictions}
+    return {record.id: (record.image, int(predicted[record.id] in (record.answers or [record.label])))
+            for record in records if record.id in predicted}
 
 
 def paired_bootstrap(outcomes, draws, mean_of=None, seed=0):
-    """95 % percentile interval of the difference in percent, per language, or for the mean over the languages `mean_of`.
+    """95 % percentile interval of the difference in percent, per language, or for the
+    mean over the languages `mean_of`.
 
-    outcomes: per language (clusters, differences). Whole images are drawn, with all of their items in all languages: the questions of an image are
-    not independent, and neither are the translations of a question.
+    outcomes: per language (clusters, differences). Whole images are drawn, with all of their items in all languages:
+    the questions of an image are not independent, and neither are the translations of a question.
     """
     count = 1 + max(int(clusters.max()) for clusters, _ in outcomes)
-    total = np.stack([np.bincount(clusters, differences, count) for clusters, differences in outcomes])  # [languages, images]
+    # [languages, images]
+    total = np.stack([np.bincount(clusters, differences, count) for clusters, differences in outcomes])
     items = np.stack([np.bincount(clusters, minlength=count) for clusters, _ in outcomes])
-    times = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=draws)  # how often each image is drawn
+    # how often each image is drawn
+    times = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=draws)
     with np.errstate(invalid="ignore"):
         difference = 100 * (times @ total.T) / (times @ items.T)  # [draws, languages]
     if mean_of is not None:
@@ -487,10 +541,14 @@ def paired_bootstrap(outcomes, draws, mean_of=None, seed=0):
 
 
 def score_file(predictions, truth):
-    """xGQA predictions [{"questionId", "prediction"}] against a test file. Questions without a prediction count as wrong, and are told."""
+    """xGQA predictions [{"questionId", "prediction"}] against a test file.
+
+    Questions without a prediction count as wrong, and are told.
+    """
     loaded = files.read_json(predictions)
     if not isinstance(loaded, list):
-        raise InputError(f"{predictions}: expected a list of {{\"questionId\", \"prediction\"}}, found {type(loaded).__name__}")
+        raise InputError(f"{predictions}: expected a list of {{\"questionId\", \"prediction\"}}, found "
+                         f"{type(loaded).__name__}")
     predicted = {}
     for number, entry in enumerate(loaded):
         where = f"{predictions}, entry {number}"
@@ -512,7 +570,8 @@ def main(argv=None):
     parser.add_argument("run", nargs="?", help="folder of a run")
     parser.add_argument("--languages", metavar="de,ko", help="default: all of the task")
     parser.add_argument("--split", choices=["test", "dev"], default="test", help="default: test")
-    parser.add_argument("--epoch", type=int, help="the weights after this epoch (runs with --save-epochs; default: the final ones)")
+    parser.add_argument("--epoch", type=int,
+                        help="the weights after this epoch (runs with --save-epochs; default: the final ones)")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs on the same task")
     parser.add_argument("--score", metavar="PREDICTIONS", help="JSON list of {questionId, prediction}")
     parser.add_argument("--truth", metavar="TEST.json", help="xGQA file to score against")

@@ -12,11 +12,13 @@ tensors, the ordinary tokenizer. Where the paper's recipe cannot fit, the checkp
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import os
 import shutil
 import sys
+import tempfile
 
 import sentencepiece
 import torch
@@ -88,16 +90,15 @@ def write_world(folder, size):
 
 def train_tokenizer(path, size):
     """A unigram model of romanised text, its vocabulary so small that languages share pieces. The same bytes every time."""
-    corpus = mini_world.tokenizer_corpus(20_000, mini_world.WORLD_SIZES[size], WORLD_SEED)
-    prefix = f"{path}.{os.getpid()}"
-    files.write(f"{prefix}.tsv", lambda file: file.write(mini_languages.normalization_rules().encode()))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_prefix=prefix, vocab_size=mini_pretrain.PRETRAINING[size].pieces,
-        character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_tsv=f"{prefix}.tsv",
-        num_threads=1, minloglevel=2)
-    os.replace(f"{prefix}.model", path)
-    for ending in ("tsv", "vocab"):
-        os.remove(f"{prefix}.{ending}")
+    corpus, path = mini_world.tokenizer_corpus(20_000, mini_world.WORLD_SIZES[size], WORLD_SEED), os.path.abspath(path)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the file records the paths it is given
+        files.write("rules.tsv", lambda file: file.write(mini_languages.normalization_rules().encode()))
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus), model_prefix="tokenizer", vocab_size=mini_pretrain.PRETRAINING[size].pieces,
+            character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_tsv="rules.tsv",
+            num_threads=1, minloglevel=2)
+        content = files.read_bytes("tokenizer.model")
+    files.write(path, lambda file: file.write(content))
 
 
 def write_checkpoint(path, name, model, tokenizer, size, how):

@@ -52,8 +52,8 @@ class Pretraining:
     scenes: int = 10_000
     sentences: int = 60_000  # statements, phrases, and pairs of translations: so many of each
     batch_size: int = 32
-    steps: int = 2600
-    phrase_steps: int = 800  # at first phrases alone, later in a quarter of the steps
+    steps: int = 4000
+    phrase_steps: int = 1200  # at first phrases alone, later in a quarter of the steps
     vision_steps: int = 250
     lr: float = 2e-3
     fine_tuning_batch: int = 64

@@ -73,15 +73,15 @@ def read_answers(run):
 
 
 def choose(english, answers):
-    """The first images that were asked enough, one question of each kind: [(image, its question ids)]. Not chosen by answers."""
+    """The first images that were asked enough, one question of each type: [(image, its question ids)]. Not chosen by answers."""
     by_image = {}
     for record in english.values():
-        if not all(record.id in languages for run in answers for languages in run.values()):
-            raise InputError(f"question {record.id} is not among the predictions; --show needs runs on the miniature")
-        kinds = by_image.setdefault(record.image, {})
-        kinds.setdefault(record.type, record.id)
-    enough = [(image, list(kinds.values())[:QUESTIONS_PER_SCENE]) for image, kinds in sorted(by_image.items())
-              if len(kinds) >= QUESTIONS_PER_SCENE]
+        if all(record.id in languages for run in answers for languages in run.values()):
+            by_image.setdefault(record.image, {}).setdefault(record.type, record.id)
+    enough = [(image, list(questions.values())[:QUESTIONS_PER_SCENE]) for image, questions in sorted(by_image.items())
+              if len(questions) >= QUESTIONS_PER_SCENE]
+    if not enough:
+        raise InputError("the two runs have not answered the miniature's questions; --show needs runs without --data")
     return enough[:SCENES]
 
 

@@ -20,6 +20,7 @@ import argparse
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -542,6 +543,8 @@ def write_flickr(folder: Path, size: WorldSize, seed: int, progress) -> None:
     write_captions("flickr30k/annotations/train_ann.jsonl", "en", train_images, train_captions)
     write_statements("en", "train", statements(train_images[:size.xvnli_train], train_scenes))
 
+    write_hard_negatives(folder / "flickr30k/hard_negative.pkl", train_images, train_scenes)
+
     items = {}
     for split, count in {"dev": size.xvnli_dev, "test": size.xvnli_test, "shots": XVNLI_SHOTS[-1]}.items():
         new_scenes = draw_scenes(count, size, rng)
@@ -579,6 +582,16 @@ def write_flickr(folder: Path, size: WorldSize, seed: int, progress) -> None:
     dev_and_test = slice(len(images) - half - size.flickr_valid, None)
     write_features(folder / "xFlickrCO/features", valid_images + test_images,
                    Regions(*(part[dev_and_test] for part in regions)), size)
+
+
+def write_hard_negatives(path: Path, images: list[str], scenes: list[Scene], pool: int = 20) -> None:
+    """IGLUE's hard_negative.pkl: of every training image the ones most like it, itself first; likeness is shared words."""
+    words = [word for attribute in ATTRIBUTES for word in ATTRIBUTES[attribute]]
+    counts = np.array([[sum(word in thing[:4] for thing in scene) for word in words] for scene in scenes], np.float32)
+    distances = (((counts - row) ** 2).sum(1) for row in counts)
+    nearest = (np.argsort(distance, kind="stable")[:pool + 1].tolist() for distance in distances)
+    pools = [[i, *(j for j in near if j != i)][:pool + 1] for i, near in enumerate(nearest)]
+    path.write_bytes(pickle.dumps({"train_image_list": images, "train_hard_pool": pools}))
 
 
 README = """The embedded miniature of IGLUE: synthetic images of coloured shapes with templated text, written by

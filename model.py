@@ -1,8 +1,9 @@
 """Transformer parts that UC2 and CCLM share, and strict loading of checkpoints.
 
-Both models of the paper are BERT-shaped (post-LN) encoders built from XLM-R. Everything they have in common is here, once: one attention function,
-one layer (which serves as UC2's single-stream layer, as CCLM's text, cross-modal and answer-decoder layer), one text embedding, and one way to
-move tensors between a checkpoint and a model. This file knows nothing of tasks or files of data.
+Both models of the paper are BERT-shaped (post-LN) encoders built from XLM-R. Everything they have in common is
+here, once: one attention function, one layer (which serves as UC2's single-stream layer, as CCLM's text,
+cross-modal and answer-decoder layer), one text embedding, and one way to move tensors between a checkpoint and a
+model. This file knows nothing of tasks or files of data.
 
 Letters in shape comments: B batch, T text tokens (queries), S keys, D width, H heads.
 """
@@ -52,14 +53,18 @@ class Attention(nn.Module):
         return split_heads(self.key(memory), self.heads), split_heads(self.value(memory), self.heads)
 
     def forward(self, x, keys_values, mask=None):
-        """x [B,T,D], keys_values from `keys_values` (batch B, or 1: shared by the whole batch), mask as in `attention` -> [B,T,D]."""
+        """x [B,T,D], keys_values from `keys_values` (batch B, or 1: shared by the whole
+        batch), mask as in `attention` -> [B,T,D].
+        """
         keys, values = (kv.expand(len(x), -1, -1, -1) for kv in keys_values)
         dropout = self.dropout if self.training else 0.0
         return self.output(attention(split_heads(self.query(x), self.heads), keys, values, mask, dropout))
 
 
 class TransformerLayer(nn.Module):
-    """Post-LN layer: self-attention, cross-attention if it has a memory, feed-forward; each followed by residual and LayerNorm."""
+    """Post-LN layer: self-attention, cross-attention if it has a memory, feed-forward;
+    each followed by residual and LayerNorm.
+    """
 
     def __init__(self, width, heads, feed_forward, eps, dropout, memory_width=None):
         super().__init__()
@@ -76,7 +81,8 @@ class TransformerLayer(nn.Module):
     def forward(self, hidden, mask, self_kv=None, memory_kv=None, memory_mask=None):
         """hidden [B,T,D] -> [B,T,D].
 
-        self_kv: keys and values of the self-attention where they are not those of `hidden` itself (more tokens than are queried).
+        self_kv: keys and values of the self-attention where they are not those of `hidden`
+        itself (more tokens than are queried).
         memory_kv: `cross_attention.keys_values(memory)`, masks boolean [B,1,1 or T,S].
         """
         if self_kv is None:
@@ -87,12 +93,17 @@ class TransformerLayer(nn.Module):
         return self.norm(hidden + self.dropout(self.down(F.gelu(self.up(hidden)))))
 
     def first_token(self, hidden, mask, **memory):
-        """The layer's output for the first token alone, [B,T,D] -> [B,1,D]: all that a classifier on <s> needs of the last layer."""
+        """The layer's output for the first token alone, [B,T,D] -> [B,1,D]: all that a
+        classifier on <s> needs of the last layer.
+        """
         return self(hidden[:, :1], mask, self_kv=self.self_attention.keys_values(hidden), **memory)
 
 
 class TextEmbeddings(nn.Module):
-    """word + token type 0 + position, LayerNorm, dropout. Positions count from 2 and skip padding (XLM-R) or count from 0 (BERT)."""
+    """word + token type 0 + position, LayerNorm, dropout.
+
+    Positions count from 2 and skip padding (XLM-R) or count from 0 (BERT).
+    """
 
     def __init__(self, vocabulary, width, positions, types, eps, dropout, bert_positions=False):
         super().__init__()
@@ -117,7 +128,9 @@ class TextEmbeddings(nn.Module):
 
 
 def select(memory, index):
-    """Rows of an image memory (a list of pairs of tensors with one row per image): the image of each text, where texts share images."""
+    """Rows of an image memory (a list of pairs of tensors with one row per image): the image
+    of each text, where texts share images.
+    """
     return [(first[index], second[index]) for first, second in memory]
 
 
@@ -127,7 +140,9 @@ def key_mask(attention_mask):
 
 
 def init_weights(module):
-    """BERT's initialisation, for what no checkpoint provides: normal(0, 0.02) matrices and tables, zero biases, identity LayerNorms."""
+    """BERT's initialisation, for what no checkpoint provides: normal(0, 0.02) matrices and
+    tables, zero biases, identity LayerNorms.
+    """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -162,16 +177,20 @@ def rename(name, rules):
 
 
 def read_checkpoint(path):
-    """-> (tensors, config): the state dict in a `torch.save` file and the dict stored beside it (empty where there is none).
+    """-> (tensors, config): the state dict in a `torch.save` file and the dict stored
+    beside it (empty where there is none).
 
-    Only tensors and plain containers are accepted: nothing in the file is executed. Raises ValueError, one line, for a file that is not such.
+    Only tensors and plain containers are accepted: nothing in the file is executed. Raises
+    ValueError, one line, for a file that is not such.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can raise anything; what torch says of a hostile one is how to run it all the same
-        raise ValueError(f"{path}: not a readable checkpoint of tensors alone, or a truncated one ({type(error).__name__})") from None
+    except Exception as error:
+        # a damaged file can raise anything; what torch says of a hostile one is how to run it all the same
+        raise ValueError(f"{path}: not a readable checkpoint of tensors alone, or a truncated one "
+                         f"({type(error).__name__})") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(loaded).__name__}")
     tensors, config = loaded.get("model", loaded), loaded.get("config", {}) if "model" in loaded else {}
@@ -184,7 +203,8 @@ def read_checkpoint(path):
 
 
 def check_tensors(expected, tensors, source, optional=()):
-    """Raise ValueError unless `tensors` has exactly the names and shapes of `expected` (name -> shape); those in `optional` may be there or not.
+    """Raise ValueError unless `tensors` has exactly the names and shapes of `expected` (name -> shape);
+    those in `optional` may be there or not.
 
     The message is one line: the first offender, and how many more there are.
     """
@@ -193,34 +213,43 @@ def check_tensors(expected, tensors, source, optional=()):
     problems += [f"unknown tensor '{name}'" for name in tensors if name not in expected and name not in optional]
     problems += [f"tensor '{name}' has shape {list(tensors[name].shape)}, expected {list(shape)}"
                  for name, shape in expected.items() if name in tensors and tensors[name].shape != torch.Size(shape)]
-    problems += [f"tensor '{name}' is {tensors[name].dtype} ({tensors[name].layout}), expected dense floating point numbers"
-                 for name in expected if name in tensors and not (tensors[name].is_floating_point() and tensors[name].layout == torch.strided)]
+    problems += [f"tensor '{name}' is {tensors[name].dtype} ({tensors[name].layout}), "
+                 "expected dense floating point numbers"
+                 for name in expected if name in tensors
+                 and not (tensors[name].is_floating_point() and tensors[name].layout == torch.strided)]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(f"{source}: {problems[0]}{more}")
 
 
 def shape_of(tensors, name, dimensions, source, kind):
-    """Shape of one tensor that tells a size of the model; ValueError naming what the file is not, where it is missing or has other dimensions."""
+    """Shape of one tensor that tells a size of the model; ValueError naming what the file is not,
+    where it is missing or has other dimensions.
+    """
     if name not in tensors:
         raise ValueError(f"{source}: not a {kind} checkpoint (no tensor '{name}')")
     shape = tuple(tensors[name].shape)
     if len(shape) != dimensions or 0 in shape:
-        raise ValueError(f"{source}: tensor '{name}' has shape {list(shape)}, expected {'a matrix' if dimensions == 2 else f'{dimensions} dimensions'}")
+        raise ValueError(f"{source}: tensor '{name}' has shape {list(shape)}, expected "
+                         f"{'a matrix' if dimensions == 2 else f'{dimensions} dimensions'}")
     return shape
 
 
 def size_of(config, name, default, source, parts_of=None):
-    """A size that a checkpoint's config may give: a positive int, and one that divides `parts_of`; ValueError for anything else."""
+    """A size that a checkpoint's config may give: a positive int, and one that divides
+    `parts_of`; ValueError for anything else.
+    """
     size = config.get(name, default)
     if type(size) is not int or size < 1 or parts_of is not None and parts_of % size:
-        raise ValueError(f"{source}: the config's {name} is {reprlib.repr(size)}, expected a positive number" + (f" that divides {parts_of}" if parts_of else ""))
+        raise ValueError(f"{source}: the config's {name} is {reprlib.repr(size)}, expected a positive number"
+                         + (f" that divides {parts_of}" if parts_of else ""))
     return size
 
 
 def count_layers(tensors, prefix):
     """Number of consecutive indices N for which a tensor named `prefix`N. exists."""
-    return len({index for name in tensors if name.startswith(prefix) and (index := name[len(prefix):].split(".")[0]).isdigit()})
+    return len({index for name in tensors
+                if name.startswith(prefix) and (index := name[len(prefix):].split(".")[0]).isdigit()})
 
 
 def file_shapes(model):
@@ -232,13 +261,17 @@ def file_shapes(model):
 
 
 def check_file(model, tensors, source):
-    """ValueError unless `tensors` is exactly a checkpoint of this model: every name and every shape. A warning if aliases differ from what they repeat."""
+    """ValueError unless `tensors` is exactly a checkpoint of this model: every name and every shape.
+
+    A warning if aliases differ from what they repeat.
+    """
     check_tensors(file_shapes(model), tensors, source, optional=model.constants())
     differing = [(alias, first) for alias, first in model.aliases().items()
-                 if tensors[alias].data_ptr() != tensors[first].data_ptr() and not torch.equal(tensors[alias], tensors[first])]
+                 if tensors[alias].data_ptr() != tensors[first].data_ptr()
+                 and not torch.equal(tensors[alias], tensors[first])]
     if differing:
-        warnings.warn(f"{source}: '{differing[0][0]}' and '{differing[0][1]}' are one tensor under two names, but their values differ "
-                      f"({len(differing)} such pairs); the second one is used")
+        warnings.warn(f"{source}: '{differing[0][0]}' and '{differing[0][1]}' are one tensor under two names, but "
+                      f"their values differ ({len(differing)} such pairs); the second one is used")
 
 
 @torch.no_grad()
@@ -250,7 +283,10 @@ def copy_tensors(model, tensors, names=None):
 
 
 def file_tensors(model):
-    """The model as the reference code stores it: official names, aliases and index buffers included. The inverse of `copy_tensors`."""
+    """The model as the reference code stores it: official names, aliases and index buffers included.
+
+    The inverse of `copy_tensors`.
+    """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors = {theirs: parameters[ours] for ours, theirs in model.checkpoint_names().items()}
     tensors.update({alias: tensors[first] for alias, first in model.aliases().items()})

@@ -1,7 +1,9 @@
 """Prepare what a user brings: check a folder of IGLUE's files, convert region features. Run through data.py:
 
-    python data.py --check DIR [--json] [--tokenizer FILE]     what is there, what is missing and where to get it, what is wrong
-    python data.py --convert SOURCE... DST [--boxes N]         region features (H5, TSV, npy) -> the folder that `data.Regions` reads
+    python data.py --check DIR [--json] [--tokenizer FILE]
+        what is there, what is missing and where to get it, what is wrong
+    python data.py --convert SOURCE... DST [--boxes N]
+        region features (H5, TSV, npy) -> the folder that `data.Regions` reads
 
 --check reads every annotation file with the readers that training uses, compares the languages and the splits with each
 other, looks up every image of every file by name, and opens a sample of the images and region features of every split.
@@ -9,9 +11,9 @@ It exits with 1 if something that is there is broken or contradicts something el
 and counts that differ from the published ones, are told and are no error. With GQA's 943,000 and XVNLI's 541,000
 training records it takes half a minute on one core and 2.4 GB.
 
---convert streams: it holds one image at a time, and writes 147,456 bytes for an image of 36 regions of width 2,048
-(10.6 GB for GQA's training images), 540 images per second on one core from a TSV file. The folder appears under its name
-when it is complete.
+--convert streams: it holds one image at a time, and writes 147,456 bytes for an image of 36 regions of
+width 2,048 (10.6 GB for GQA's training images), 540 images per second on one core from a TSV file. The
+folder appears under its name when it is complete.
 
 Letters: V regions of an image, F feature width, N images.
 """
@@ -37,7 +39,8 @@ from files import InputError
 # ---------------------------------------------------------------------------------------------------------------------
 # What the published files hold, and where they are to be had
 
-PUBLISHED = {  # (task, split or number of shots) -> (records, images); a range where only bounds are known, None: unknown
+# (task, split or number of shots) -> (records, images); a range where only bounds are known, None: unknown
+PUBLISHED = {
     ("xgqa", "train"): (943_000, None), ("xgqa", "valid"): (132_062, None),
     ("xgqa", "dev"): (1_422, 50), ("xgqa", "test"): (9_666, 300),
     ("xgqa", "1"): (27, 1), ("xgqa", "5"): (155, 5), ("xgqa", "10"): (317, 10),
@@ -57,7 +60,8 @@ UNITS = {"xgqa": "questions", "xvnli": "statements", "xflickrco": "captions"}
 NAMES = {"xgqa": "xGQA", "xvnli": "XVNLI", "xflickrco": "xFlickrCO"}
 
 IGLUE = "the IGLUE repository, github.com/e-bug/iglue"
-FEATURES = "IGLUE's README links the files (ERDA share links; H5, 36 boxes per image); then `python data.py --convert FILE.h5 FOLDER`"
+FEATURES = ("IGLUE's README links the files (ERDA share links; H5, 36 boxes per image); "
+            "then `python data.py --convert FILE.h5 FOLDER`")
 SOURCES = {  # beginning of a path -> where to get what belongs there; the first that fits
     "gqa/annotations/train.json": f"{IGLUE}: unzip train.json.zip; or train_balanced_questions.json from GQA's site",
     "gqa/images": "GQA's site, cs.stanford.edu/people/dorarad/gqa: the images, 20 GB",
@@ -96,7 +100,8 @@ class Report:
 
     folder: str
     findings: list = field(default_factory=list)
-    counts: dict = field(default_factory=dict)  # task -> language -> split or "shots K" -> {"file", "records", "images"}
+    # task -> language -> split or "shots K" -> {"file", "records", "images"}
+    counts: dict = field(default_factory=dict)
     pictures: dict = field(default_factory=dict)  # task -> "images" or "regions" -> folder -> {image: (needed, there)}
     labels: int | None = None  # number of GQA's answers
     tokenizer: dict | None = None
@@ -117,7 +122,10 @@ class Report:
 
 
 def check(folder, tokenizer=None, as_json=False):
-    """Print a report on a data folder. -> 1 if something in it is broken or contradictory, else 0. InputError if there is none."""
+    """Print a report on a data folder. -> 1 if something in it is broken or contradictory, else 0.
+
+    InputError if there is none.
+    """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
     report = examine(folder, tokenizer)
@@ -175,7 +183,8 @@ def image_set(records):
 
 
 def files_of(folder, task):
-    """Every annotation file that a task can have -> [(split, language, shots)], few-shot sets as far as they are there."""
+    """Every annotation file that a task can have -> [(split, language, shots)], few-shot sets as far as they are there.
+    """
     wanted = []
     for (of, split), names in data.ANNOTATIONS.items():
         languages = data.LANGUAGES[task] if "{language}" in names[0] else ("en",)
@@ -211,11 +220,13 @@ def read_splits(report, task, labels):
             report.add("error", task, str(error))
             continue
         splits[split, language, shots] = records
-        entry = {"file": os.path.relpath(path, report.folder), "records": len(records), "images": len(image_set(records))}
+        entry = {"file": os.path.relpath(path, report.folder), "records": len(records),
+                 "images": len(image_set(records))}
         report.counts.setdefault(task, {}).setdefault(language, {})[split_name(split, shots)] = entry
     for split, languages in absent.items():
         if not needed(split):  # only what IGLUE has: no dev set of xFlickrCO, XVNLI's in English alone
-            languages = [language for language in languages if (task, split) in PUBLISHED and (task == "xgqa" or language == "en")]
+            languages = [language for language in languages if (task, split) in PUBLISHED
+                         and (task == "xgqa" or language == "en")]
         if languages:
             add_missing(report, task, split, languages)
     return splits
@@ -252,14 +263,16 @@ def check_records(report, task, split, language, shots, records, labels):
     if without and split in ("train", "test"):
         effect = "UC2 counts them as wrong" if split == "test" else "UC2 trains on them without a label"
         published = f" (published: {WITHOUT_LABEL})" if split == "test" and without != WITHOUT_LABEL else ""
-        add("note", f"{without:,} of {len(records):,} statements have no gold label ('-'){published}: {effect}, CCLM leaves them out")
+        add("note", f"{without:,} of {len(records):,} statements have no gold label ('-'){published}: {effect}, CCLM "
+                    "leaves them out")
     if shots and shots.isdigit() and len(images) != int(shots):
         add("note", f"a shot is an image, but there are {len(images):,}")
     expected = PUBLISHED.get((task, shots or split), (None, None))
     if task == "xflickrco" and shots and shots.isdigit():  # one caption of each image
         expected = (int(shots), int(shots))
     if not (is_published(len(records), expected[0]) and is_published(len(images), expected[1])):
-        add("note", f"{len(records):,} {UNITS[task]} on {len(images):,} images (published: {published_text(*expected)})")
+        add("note", f"{len(records):,} {UNITS[task]} on {len(images):,} images (published: "
+                    f"{published_text(*expected)})")
 
 
 def is_published(count, published):
@@ -284,9 +297,11 @@ def check_questions(add, split, records, labels):
     if not numbered and split in ("train", "valid"):
         add("note", f"no image is one of GQA's {split} images, which are named by numbers (such as {others[0].image})")
     if split == "test" and len(records) == CUT_DOWN:
-        add("error", f"{CUT_DOWN:,} questions, as in IGLUE's cut-down {TRAP}; the test set is the few-shot folder's test.json")
+        add("error",
+            f"{CUT_DOWN:,} questions, as in IGLUE's cut-down {TRAP}; the test set is the few-shot folder's test.json")
     if split == "test" and len(records) == TEST_DEV:
-        add("note", f"{TEST_DEV:,} questions are all of test-dev; published scores are of a part, the few-shot folder's test.json")
+        add("note", f"{TEST_DEV:,} questions are all of test-dev; published scores are of a part, the few-shot "
+                    "folder's test.json")
     known = set(labels or ())
     unknown = [(record.id, answer) for record in records for answer in record.answers if labels and answer not in known]
     if unknown:
@@ -294,11 +309,15 @@ def check_questions(add, split, records, labels):
         if split in ("train", "few-shot"):
             add("error", f"{len(unknown):,} of {len(records):,} answers are not among the labels {example}")
         else:
-            add("note", f"{len(unknown):,} of {len(records):,} answers are not among the labels and can never be right {example}")
+            add("note", f"{len(unknown):,} of {len(records):,} answers are not among the labels and can never be right "
+                        f"{example}")
 
 
 def compare_languages(report, task, splits):
-    """xGQA's and XVNLI's languages are parallel: the same ids, images and answers. xFlickrCO's share the test images."""
+    """xGQA's and XVNLI's languages are parallel: the same ids, images and answers.
+
+    xFlickrCO's share the test images.
+    """
 
     def content(record):
         return {"image": record.image, "answer": " ".join(record.answers) if task == "xgqa" else record.label}
@@ -345,7 +364,8 @@ def compare_splits(report, task, splits):
     for level, of, (one, other), what in checks:
         shared = sorted(of.get(one, set()) & of.get(other, set()))
         if shared:
-            report.add(level, task, f"{one} and {other} share {len(shared):,} of {len(of[other]):,} {what} (such as {shared[0]})")
+            report.add(level, task, f"{one} and {other} share {len(shared):,} of {len(of[other]):,} {what} (such as "
+                                    f"{shared[0]})")
 
 
 SAMPLE = 20  # images and region features of every split that are opened
@@ -378,12 +398,14 @@ def check_pictures(report, task, splits, regions):
                 data.read_image(path)
             except InputError as error:
                 report.add("error", task, str(error))
-        check_sample(report, task, folder, sample([key for key in wanted if opened is not None and key in opened.row_of]))
+        check_sample(report, task, folder,
+                     sample([key for key in wanted if opened is not None and key in opened.row_of]))
     for kind, folders in found.items():
         for folder, entry in folders.items():
             missing = [key for key, (_, there) in entry.items() if not there]
             count = sum(is_needed for is_needed, there in entry.values() if not there)
-            what = f"{len(missing):,} of {len(entry):,} images, {count:,} of them to train and test (such as {(missing or [''])[0]})"
+            what = (f"{len(missing):,} of {len(entry):,} images, {count:,} of them to train and test "
+                    f"(such as {(missing or [''])[0]})")
             size = f"{len(missing) * IMAGE_BYTES / 1e9:.1f} GB when converted"
             text = f"{folder}: {what}" if kind == "images" else f"{folder}: region features of {what}, {size}"
             if missing:
@@ -435,7 +457,8 @@ def check_other_files(report):
     try:
         if os.path.isfile(os.path.join(report.folder, TRAP)):
             count = len(data.read_gqa(os.path.join(report.folder, TRAP)))
-            cut_down = f", IGLUE's cut-down copy and not the {TEST_DEV:,} of GQA's own file" if count == CUT_DOWN else ""
+            cut_down = (f", IGLUE's cut-down copy and not the {TEST_DEV:,} of GQA's own file"
+                        if count == CUT_DOWN else "")
             use = f"it is not read, the English test set is {ENGLISH_TEST}"
             report.add("note", "xgqa", f"{TRAP}: {count:,} questions{cut_down}; {use}")
     except InputError as error:
@@ -462,9 +485,10 @@ def check_tokenizer(report, path):
     report.tokenizer = {"file": str(path), "sha256": tokenizer.sha256, "vocabulary": tokenizer.vocabulary,
                         "is_xlmr": known}
     if not known:
-        found = f"sha256 {tokenizer.sha256[:12]}…, expected {data.XLMR_SHA256[:12]}…; {tokenizer.vocabulary:,} ids, expected 250,002"
-        report.add("error", "", f"{path}: not XLM-R's sentencepiece.bpe.model (5,069,051 bytes), which UC2 and CCLM were pre-trained "
-                                f"with: {found}. Right only for a checkpoint that was trained with it")
+        found = (f"sha256 {tokenizer.sha256[:12]}…, expected {data.XLMR_SHA256[:12]}…; "
+                 f"{tokenizer.vocabulary:,} ids, expected 250,002")
+        report.add("error", "", f"{path}: not XLM-R's sentencepiece.bpe.model (5,069,051 bytes), which UC2 and CCLM "
+                                f"were pre-trained with: {found}. Right only for a checkpoint that was trained with it")
 
 
 def decide_runs(report):
@@ -474,7 +498,8 @@ def decide_runs(report):
         without_test = [language for language in languages if "test" not in counts.get(language, {})]
         lacking = [] if "train" in counts.get("en", {}) else ["no training file"]
         if without_test:
-            lacking.append("no test files" if len(without_test) == len(languages) else f"no test file of {', '.join(without_test)}")
+            lacking.append("no test files" if len(without_test) == len(languages)
+                           else f"no test file of {', '.join(without_test)}")
         if task == "xgqa" and report.labels is None:
             lacking.append("no label map")
         if any((finding.level, finding.task) == ("error", task) for finding in report.findings):
@@ -501,7 +526,8 @@ def report_text(report):
             lines.append(f"  {'labels':<8} {report.labels:,} answers")
         lines += finding_lines(report, task)
     if report.tokenizer and report.tokenizer["is_xlmr"]:
-        lines += ["", f"tokenizer {report.tokenizer['file']}: XLM-R's own (sha256 {report.tokenizer['sha256'][:12]}…, 250,002 ids)"]
+        lines += ["", f"tokenizer {report.tokenizer['file']}: XLM-R's own (sha256 {report.tokenizer['sha256'][:12]}…, "
+                      "250,002 ids)"]
     lines += ["", *finding_lines(report, "")] if finding_lines(report, "") else []
     sources = {}
     for finding in report.findings:
@@ -512,7 +538,8 @@ def report_text(report):
         lines += [f"  {', '.join(dict.fromkeys(paths))}\n      {source}" for source, paths in sources.items()]
     possible = [run for run, lacking in report.runs.items() if not lacking]
     impossible = [f"{run} ({'; '.join(lacking)})" for run, lacking in report.runs.items() if lacking]
-    last = f"possible: {', '.join(possible) or 'none'}" + (f". Not possible: {', '.join(impossible)}" if impossible else "")
+    last = (f"possible: {', '.join(possible) or 'none'}"
+            + (f". Not possible: {', '.join(impossible)}" if impossible else ""))
     return "\n".join([*lines, "", last])
 
 
@@ -523,7 +550,8 @@ def finding_lines(report, task):
             if (finding.level, finding.task) == (level, task):
                 everywhere = len(finding.languages) > 1 and len(finding.languages) == len(data.LANGUAGES[task])
                 languages = "all languages" if everywhere else ", ".join(finding.languages)
-                lines.append(f"  {level:<8} " + (f"{finding.split} ({languages}): " if finding.split else "") + finding.text)
+                lines.append(f"  {level:<8} " + (f"{finding.split} ({languages}): " if finding.split else "")
+                             + finding.text)
     return lines
 
 
@@ -534,7 +562,8 @@ def count_table(report, task, languages):
     rows = [[f"{NAMES[task]}, {UNITS[task]}/images", *splits, "few-shot sets"]]
     for language in languages:
         found = counts.get(language, {})
-        cells = [f"{found[split]['records']:,}/{found[split]['images']:,}" if split in found else "-" for split in splits]
+        cells = [f"{found[split]['records']:,}/{found[split]['images']:,}" if split in found else "-"
+                 for split in splits]
         sets = [name.removeprefix("shots ") for name in found if name.startswith("shots ")]
         rows.append([f"  {language}", *cells, ", ".join(sets) or "-"])
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -591,7 +620,8 @@ def open_source(path):
     if beginning == b"\x89HDF\r\n\x1a\n":
         return open_h5(path)
     if b"\t" not in first_line:
-        raise InputError(f"{path}: neither an H5 file, nor a TSV file, nor a folder of npy files (unpack it if it is compressed)")
+        raise InputError(
+            f"{path}: neither an H5 file, nor a TSV file, nor a folder of npy files (unpack it if it is compressed)")
     return max(1, os.path.getsize(path) // len(first_line)), read_tsv(path)
 
 
@@ -631,8 +661,8 @@ TSV_COLUMNS = (10, 13)
 def read_tsv(path):
     """The bottom-up-attention TSV files of LXMERT and VOLTA: one image per line, arrays in base64, no header.
 
-    Columns: img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_conf, num_boxes, boxes, features, and in older
-    files three more: cls_prob, attrs, classes.
+    Columns: img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_conf, num_boxes, boxes, features, and in
+    older files three more: cls_prob, attrs, classes.
     """
     with open(path, "rb") as file:
         number = 0
@@ -648,12 +678,14 @@ def read_tsv(path):
                 boxes, features = (np.frombuffer(base64.b64decode(columns[i], validate=True), "<f4") for i in (8, 9))
                 boxes, features = boxes.reshape(count, 4), features.reshape(count, -1)
             except ValueError as error:
-                raise InputError(f"{where}, image {files.shorten(columns[0].decode(errors='replace'))}: {error}") from None
+                raise InputError(
+                    f"{where}, image {files.shorten(columns[0].decode(errors='replace'))}: {error}") from None
             yield Detections(key, features, boxes, width, height, f"{where}, image {files.shorten(key)}")
 
 
 def read_npy_pair(path):
-    """<stem>.npy with the features, <stem>_info.npy with a pickled dict of boxes and image size; no pickle is executed."""
+    """<stem>.npy with the features, <stem>_info.npy with a pickled dict of boxes and image size; no pickle is executed.
+    """
     stem = path.removesuffix(".npy")
     where = f"{stem}_info.npy"
     content = io.BytesIO(files.read_bytes(where))
@@ -691,20 +723,26 @@ def check_boxes(boxes, width, height, where):
 
 
 def checked(found, width_of_features):
-    """Detections -> (key, features [V,F] float16, boxes [V,4] float32, (w, h)). InputError for what no model should see."""
+    """Detections -> (key, features [V,F] float16, boxes [V,4] float32, (w, h)).
+
+    InputError for what no model should see.
+    """
     where = found.where
     key = files.image_key(found.key, where)
     features, boxes = found.features, found.boxes
     if features.ndim != 2 or not features.size or features.dtype.kind != "f":
-        raise InputError(f"{where}: expected one row of numbers per region, found {features.dtype} {list(features.shape)}")
+        raise InputError(f"{where}: expected one row of numbers per region, found {features.dtype} "
+                         f"{list(features.shape)}")
     if width_of_features and features.shape[1] != width_of_features:
-        raise InputError(f"{where}: features of width {features.shape[1]:,}, but those before have {width_of_features:,}")
+        raise InputError(f"{where}: features of width {features.shape[1]:,}, but those before have "
+                         f"{width_of_features:,}")
     if boxes.shape != (len(features), 4) or boxes.dtype.kind not in "fiu":
         raise InputError(f"{where}: {len(features)} regions, but boxes of shape {list(boxes.shape)}")
     for value in (found.width, found.height):
         if not isinstance(value, (int, float)) or isinstance(value,
                                                              bool) or not 1 <= value < 2**31 or value != int(value):
-            raise InputError(f"{where}: an image of {files.shorten(found.width)} x {files.shorten(found.height)} pixels")
+            raise InputError(
+                f"{where}: an image of {files.shorten(found.width)} x {files.shorten(found.height)} pixels")
     size, boxes = (int(found.width), int(found.height)), boxes.astype(np.float32)
     check_boxes(boxes, *size, where)
     with np.errstate(over="ignore"):
@@ -723,10 +761,10 @@ def npy_header(shape, kind):
 def convert(sources, folder, boxes=None):
     """Write the region features of all sources to a new folder in the format that `data.Regions` describes.
 
-    sources: H5 files, TSV files, folders of npy files; the images of all go into the one folder. boxes: most regions used
-    per image; by default as many as every image has, or 36 where the numbers differ. Raises InputError, naming the image,
-    for an image that occurs twice, features of another width, numbers that are not finite, boxes outside their image,
-    images without pixels or regions; and where the disk is too small.
+    sources: H5 files, TSV files, folders of npy files; the images of all go into the one folder. boxes: most regions
+    used per image; by default as many as every image has, or 36 where the numbers differ. Raises InputError, naming the
+    image, for an image that occurs twice, features of another width, numbers that are not finite, boxes outside their
+    image, images without pixels or regions; and where the disk is too small.
     """
     if os.path.lexists(folder):
         raise InputError(f"{folder}: already exists; delete it or name another folder")

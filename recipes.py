@@ -1,8 +1,8 @@
 """The recipes of the paper (section 4.1) in one table, and the flags of train.py.
 
 `RECIPES` holds every number of the paper; what it leaves open is filled with the reference implementations' values, and
-says so. A checkpoint may bring its own recipe where the paper's cannot fit it (the miniature's do), and a flag overrides
-both; `recipe_of` tells what is not the paper's.
+says so. A checkpoint may bring its own recipe where the paper's cannot fit it (the miniature's do), and a flag
+overrides both; `recipe_of` tells what is not the paper's.
 """
 
 import argparse
@@ -61,7 +61,10 @@ FEW_SHOT_BATCH = {  # IGLUE's batch sizes: (up to so many shots, batch size)
 
 
 def recipe_of(args, config):
-    """The paper's recipe, changed by the checkpoint's own, changed by the flags. -> (recipe, what is not the paper's)."""
+    """The paper's recipe, changed by the checkpoint's own, changed by the flags.
+
+    -> (recipe, what is not the paper's).
+    """
     paper = RECIPES[args.model, args.task]
     known = {field.name: field.type for field in fields(Recipe)}
     recipes = config.get("recipe", {})
@@ -72,9 +75,11 @@ def recipe_of(args, config):
         if name not in known:
             raise InputError(f"{args.checkpoint}: the recipe it brings has an unknown entry {name!r}")
         if not isinstance(value, known[name]) and not (known[name] != int and isinstance(value, (int, list))):
-            raise InputError(f"{args.checkpoint}: the recipe it brings has {name} = {value!r}, which is not a {known[name]}")
+            raise InputError(f"{args.checkpoint}: the recipe it brings has {name} = {value!r}, which is not a "
+                             f"{known[name]}")
         if isinstance(value, (int, float)) and (value < 0 or value == 0 and known[name] is int):
-            raise InputError(f"{args.checkpoint}: the recipe it brings has {name} = {value!r}, expected a positive number")
+            raise InputError(
+                f"{args.checkpoint}: the recipe it brings has {name} = {value!r}, expected a positive number")
     flags = {name: getattr(args, name) for name in known if getattr(args, name, None) is not None}
     recipe = replace(paper, **own | flags)
     source = {name: "flag" if name in flags else "checkpoint" for name in own | flags}
@@ -107,20 +112,22 @@ def parse_args(argv, description):
     one = group.add_mutually_exclusive_group()
     one.add_argument("--suf", nargs="?", type=int, const=True, metavar="K",
                      help="scheduled unfreezing: K more layers per epoch, from the top (default: the recipe's)")
-    one.add_argument("--lr-decay", type=float, metavar="D", help="layer-wise decay: learning rate times D per layer down")
+    one.add_argument("--lr-decay", type=float, metavar="D",
+                     help="layer-wise decay: learning rate times D per layer down")
     one.add_argument("--train-top", type=int, metavar="N",
                      help="train only the top N layers; the layers below and the embeddings stay frozen")
     group.add_argument("--freeze", nargs="*", choices=["embeddings", "vision"],
                        help="what stays frozen beside layers (default: embeddings with --train-top, else nothing)")
     group.add_argument("--order", choices=["top-down", "bottom-up", "random", "fisher"],
-                       help="order in which --suf thaws layers (default: top-down, as in the paper; fisher: largest trace "
-                            "of the Fisher information first)")
+                       help="order in which --suf thaws layers (default: top-down, as in the paper; fisher: largest "
+                            "trace of the Fisher information first)")
 
     group = parser.add_argument_group("data (default: the embedded miniature)")
     group.add_argument("--data", metavar="DIR", help="folder with IGLUE's files (python data.py --check DIR)")
     group.add_argument("--checkpoint", metavar="FILE", help="official pre-trained checkpoint")
     group.add_argument("--tokenizer", metavar="FILE", help="XLM-R's sentencepiece.bpe.model")
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N records for training, and N per language")
+    group.add_argument("--limit", type=int, metavar="N",
+                       help="only the first N records for training, and N per language")
 
     group = parser.add_argument_group("recipe (default: the paper's for model and task)")
     group.add_argument("--epochs", type=int, help="passes over the training data")
@@ -128,7 +135,8 @@ def parse_args(argv, description):
     group.add_argument("--lr", type=float, help="peak learning rate")
     group.add_argument("--vision-lr", type=float, help="peak learning rate of CCLM's image encoder")
     group.add_argument("--embedding-lr", type=float,
-                       help="peak learning rate of the embeddings (default: as --lr; with --lr-decay D and N layers lr D^N)")
+                       help="peak learning rate of the embeddings (default: as --lr; with --lr-decay D and N layers lr "
+                            "D^N)")
     group.add_argument("--first-image-negatives", action="store_true",
                        help="UC2 on xFlickrCO: negative captions all from the first image, the mistake in IGLUE's code")
     group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -142,7 +150,8 @@ def parse_args(argv, description):
     group.add_argument("--precision", choices=["float32", "bf16"],
                        help="of activations; weights stay float32 (default: bf16 on a GPU, float32 elsewhere)")
     group.add_argument("--grad-accum", type=int, metavar="N",
-                       help="forward passes per optimizer step and process (default: as few as the recipe's micro batch allows)")
+                       help="forward passes per optimizer step and process (default: as few as the recipe's micro "
+                            "batch allows)")
     group.add_argument("--questions-per-image", type=int, default=1, metavar="N",
                        help="keep up to N examples of an image together, to share its encoding (default: 1)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -160,7 +169,8 @@ def parse_args(argv, description):
     group.add_argument("--save-every", type=int, default=500, metavar="STEPS",
                        help="write last.pt every so many optimizer steps, and after every epoch (default: 500)")
     group.add_argument("--deterministic", action="store_true", help="same bits on a GPU too (slower)")
-    group.add_argument("--dry-run", action="store_true", help="print data counts, schedule and parameter groups; no training")
+    group.add_argument("--dry-run", action="store_true",
+                       help="print data counts, schedule and parameter groups; no training")
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -176,7 +186,8 @@ def check_args(parser, args):
     if few_shot and (given or args.model or args.task):
         parser.error("--init RUN brings model, task, data, checkpoint and tokenizer with it")
     if few_shot and (strategy_name(args) != "standard" or args.dry_run):
-        parser.error("few-shot training takes no strategy (section 5.4: they belong to the English run) and no --dry-run")
+        parser.error(
+            "few-shot training takes no strategy (section 5.4: they belong to the English run) and no --dry-run")
     if not few_shot and not (args.model and args.task):
         parser.error("--model and --task are required")
     if given and len(given) < 3:

@@ -10,7 +10,8 @@
     python train.py --few-shot de --shots 48 --init RUN
         a finished run goes on with a few examples of another language
 
-Paper: section 3 (scheduled unfreezing), 4.1 (recipes, in recipes.py), 5.2 (--lr-decay), 5.3 (--train-top), 5.4 (few-shot).
+Paper: section 3 (scheduled unfreezing), 4.1 (recipes, in recipes.py), 5.2
+(--lr-decay), 5.3 (--train-top), 5.4 (few-shot).
 
 A run is a folder: args.json, log.jsonl (a line per step, a line per evaluation), results.json, predictions/, model.pt
 (official names), last.pt (to resume from), timing.json. Nothing random depends on the past: batches, augmentation and
@@ -73,7 +74,8 @@ def layer_order(args, model, dataset, items, device):
 
 
 def fisher_order(model, dataset, items, device):
-    """Layers by the trace of their empirical Fisher information, largest first (after Liu et al. 2024, FUN with Fisher).
+    """Layers by the trace of their empirical Fisher information, largest first (after
+    Liu et al. 2024, FUN with Fisher).
 
     The trace is the squared gradient of a batch, summed over the layer and averaged over `items`. Taken once, from the
     pre-trained model: theirs is renewed whenever a layer thaws, which would make the schedule depend on the past.
@@ -108,7 +110,10 @@ def part_of(model):
 
 
 def parameter_groups(model, part, rates, weight_decay):
-    """AdamW's groups, one per part and decay. All parameters from the start: what is frozen has no gradient and is skipped."""
+    """AdamW's groups, one per part and decay.
+
+    All parameters from the start: what is frozen has no gradient and is skipped.
+    """
     groups = {}
     for name, parameter in model.named_parameters():
         groups.setdefault((part[name], model.decays(name)), []).append(parameter)
@@ -121,7 +126,10 @@ def make_optimizer(groups, recipe):
 
 
 def lr_factor(step, total, warmup):
-    """Linear from 0 to 1 over `warmup` steps, then linear to 0 at `total`. The first step has rate 0, as in both references."""
+    """Linear from 0 to 1 over `warmup` steps, then linear to 0 at `total`.
+
+    The first step has rate 0, as in both references.
+    """
     return step / max(1, warmup) if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
 
 
@@ -199,7 +207,8 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
                 after_epoch(epoch, done, log)
             if log and (done % steps == 0 or done % args.save_every == 0 or stopping):
                 log.sync()  # before last.pt: its step is never ahead of the log
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings, "step": done}
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings,
+                         "step": done}
                 write_tensors(os.path.join(args.run, "last.pt"), state)
             if stopping:
                 say(f"stopped and saved after step {done} of {total}; the same command with --resume goes on")
@@ -227,7 +236,8 @@ def batch_composition(args, examples):
 
 
 def wrap(model, args, device):
-    """What gives the loss: the model, compiled on request, under DistributedDataParallel where there are several processes.
+    """What gives the loss: the model, compiled on request, under DistributedDataParallel
+    where there are several processes.
 
     Made anew for every phase: DDP averages the gradients of what was trainable when it was made, and only those.
     """
@@ -260,7 +270,8 @@ def check_finite(run, step, loss, norm, ids):
     report = f"nonfinite-{ranks()[0]}.json"
     numbers = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "records": ids}
     files.write_json(os.path.join(run, report), numbers)
-    raise InputError(f"{run}: loss {loss} and gradient norm {norm} at step {step}; this batch's records are in {report}")
+    raise InputError(
+        f"{run}: loss {loss} and gradient norm {norm} at step {step}; this batch's records are in {report}")
 
 
 def announce(model, epoch, trainable):
@@ -318,10 +329,15 @@ class Stop:
 
 
 class Log:
-    """log.jsonl: one line per step and per evaluation. It holds no times: a resumed run's equals an uninterrupted one's."""
+    """log.jsonl: one line per step and per evaluation.
+
+    It holds no times: a resumed run's equals an uninterrupted one's.
+    """
 
     def __init__(self, run, step=0, finished=False):
-        """Keep an interrupted run's lines up to optimizer step `step`; if that is the last, its evaluation is done again."""
+        """Keep an interrupted run's lines up to optimizer step `step`; if that is the
+        last, its evaluation is done again.
+        """
         path, kept = os.path.join(run, "log.jsonl"), []
         if step and os.path.isfile(path):
             with open(path, "rb") as file:
@@ -384,7 +400,8 @@ def start_folder(args, recipe, changed, model, examples, inputs):
             say(f"{args.run}: nothing to resume yet, starting")
         weights = 4 * sum(parameter.numel() for parameter in model.parameters())  # bytes
         kept = recipe.epochs if args.save_epochs else 0
-        check_space(args.run, weights * (3 + 3 + 1 + kept))  # last.pt beside its predecessor, with Adam's state; model.pt
+        # last.pt beside its predecessor, with Adam's state; model.pt
+        check_space(args.run, weights * (3 + 3 + 1 + kept))
         paths = {name: os.path.abspath(getattr(args, name)) for name in ("data", "checkpoint", "tokenizer")}
         files.write_json(os.path.join(args.run, "args.json"),
                         {"args": vars(args) | paths, "recipe": asdict(recipe), "not_as_in_the_paper": changed,
@@ -418,7 +435,10 @@ def settings_of(args, recipe, source):
 
 
 def resume(args, model, optimizer, settings):
-    """Load last.pt into model and optimizer. -> optimizer steps done (0 where the run stopped before its first last.pt)."""
+    """Load last.pt into model and optimizer.
+
+    -> optimizer steps done (0 where the run stopped before its first last.pt).
+    """
     path = os.path.join(args.run, "last.pt")
     if not os.path.isfile(path):
         return 0
@@ -452,7 +472,8 @@ def load_model(args, device, num_labels):
                                          dropout=recipe.dropout, drop_path=recipe.drop_path)
         else:
             model = uc2.from_pretrained(tensors, config, args.task, args.checkpoint, num_labels, dropout=recipe.dropout)
-            say(f"{args.checkpoint}: UC2 under " + {"volta": "IGLUE's names", "original": "its original names"}[model.variant])
+            say(f"{args.checkpoint}: UC2 under " + {"volta": "IGLUE's names",
+                                                    "original": "its original names"}[model.variant])
             if uc2.image_norm_is_identity(tensors):
                 say("its image LayerNorm is identity: the public conversion put the image's into the text's place")
     except ValueError as error:
@@ -463,9 +484,11 @@ def load_model(args, device, num_labels):
 def training_data(args, recipe, tokenizer, labels, split):
     """-> (examples, dataset of batches) of the English training split ("train") or of args.few_shot's ("few-shot")."""
     keep = evaluation.has_text if args.task == "xflickrco" else lambda text, record: True
-    if args.task == "xvnli" and args.model == "cclm":  # IGLUE trains UC2 on pairs without a gold label, too: no target is 1
+    # IGLUE trains UC2 on pairs without a gold label, too: no target is 1
+    if args.task == "xvnli" and args.model == "cclm":
         keep = lambda text, record: record.label != "-"
-    examples = data.load_examples(args.data, args.task, split, data.text_rules(recipe), tokenizer, args.few_shot or "en",
+    examples = data.load_examples(args.data, args.task, split, data.text_rules(recipe), tokenizer,
+                                  args.few_shot or "en",
                                   args.shots, True, keep, args.limit)
     pictures = evaluation.make_pictures(args, recipe, split, examples.image_keys)
     if args.model == "uc2" and args.task == "xflickrco":
@@ -495,7 +518,8 @@ def accumulation(args, recipe, examples):
         raise InputError(f"{examples.source}: {len(examples)} training examples do not fill one batch of {size}; "
                          "use a smaller --batch-size")
     if args.grad_accum is None:
-        fits = [n for n in range(1, size + 1) if size % (processes * n) == 0 and size // (processes * n) <= recipe.micro_batch]
+        fits = [n for n in range(1, size + 1) if size % (processes * n) == 0
+                and size // (processes * n) <= recipe.micro_batch]
         args.grad_accum = fits[0] if fits else 1
     if size % (processes * args.grad_accum):
         raise InputError(f"a batch of {size} cannot be split evenly over {processes} process(es) x {args.grad_accum} "
@@ -633,7 +657,9 @@ def next_step(args):
 
 
 def run_few_shot(args):
-    """Train once per learning rate of the grid, choose rate and epoch on development data, test the language and English."""
+    """Train once per learning rate of the grid, choose rate and epoch on development
+    data, test the language and English.
+    """
     device = start(args)
     evaluation.read_results(args.init)  # or a line that says it is no finished run
     english, recipe = evaluation.read_run(args.init)
@@ -661,8 +687,9 @@ def run_few_shot(args):
     tests = evaluation.load_split(args, recipe, tokenizer, labels, "test", ["en", args.few_shot])
     accumulation(args, recipe, examples)
     start_folder(args, recipe, [], english_model, examples, [examples.source, args.tokenizer])
-    say(f"{args.model} on {args.task}, {args.few_shot}: {len(examples):,} examples on {len(examples.image_keys):,} images "
-        f"({args.shots} shots), {recipe.epochs} epochs of {len(examples) // recipe.batch_size} steps of {recipe.batch_size}")
+    say(f"{args.model} on {args.task}, {args.few_shot}: {len(examples):,} examples on {len(examples.image_keys):,} "
+        f"images ({args.shots} shots), {recipe.epochs} epochs of {len(examples) // recipe.batch_size} steps of "
+        f"{recipe.batch_size}")
     say("rates " + ", ".join(f"{lr:g}" for lr in recipe.few_shot_lrs) + "; rate and epoch chosen on "
         + ", ".join(part.source for part in development.examples.values()))
     best = (-1.0, 0, "")
@@ -678,15 +705,22 @@ def run_few_shot(args):
 
 
 def development_data(args, recipe, tokenizer, labels):
-    """What rate and epoch are chosen on: xGQA the language's dev set; XVNLI English dev; xFlickrCO English Flickr30k valid."""
-    if args.task == "xflickrco":  # the first 1,000 captions: ranking all 5,070 after every epoch would outlast the training
+    """What rate and epoch are chosen on: xGQA the language's dev set; XVNLI English dev;
+    xFlickrCO English Flickr30k valid.
+    """
+    # the first 1,000 captions: ranking all 5,070 after every epoch would outlast the training
+    if args.task == "xflickrco":
         args = argparse.Namespace(**vars(args) | {"limit": min(args.limit or 1000, 1000)})
         return evaluation.load_split(args, recipe, tokenizer, labels, "valid", ["en"])
-    return evaluation.load_split(args, recipe, tokenizer, labels, "dev", [args.few_shot if args.task == "xgqa" else "en"])
+    return evaluation.load_split(args, recipe, tokenizer, labels, "dev",
+                                 [args.few_shot if args.task == "xgqa" else "en"])
 
 
 def few_shot_rate(args, recipe, load, examples, dataset, development, device):
-    """Train with one learning rate from the English weights. -> (best development score, its epoch, folder of best.pt)."""
+    """Train with one learning rate from the English weights.
+
+    -> (best development score, its epoch, folder of best.pt).
+    """
     folder = os.path.join(args.run, f"lr-{recipe.lr:g}")
     args = argparse.Namespace(**vars(args) | {"run": folder})
     model = load(os.path.join(args.init, "model.pt"))

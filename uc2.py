@@ -1,18 +1,25 @@
-"""UC2 (Zhou et al. 2021, as IGLUE fine-tunes it): one stream of 12 XLM-R layers over a text and the detected regions of an image.
+"""UC2 (Zhou et al. 2021, as IGLUE fine-tunes it): one stream of 12 XLM-R layers over a text
+and the detected regions of an image.
 
     text    -> word + position + type 0 ------------------.
-                                                          +-> 12 layers -> <s> -> pooler -> answer (xGQA), label (XVNLI), match (xFlickrCO)
+                                                          +-> 12 layers -> <s> -> pooler -> head
     regions -> features + locations (+ LayerNorms) + type 1 '
 
-Paper section 3: the 12 layers are what scheduled unfreezing thaws (`UC2.layers`, bottom to top); embeddings (the region projections among them),
-pooler and head always train. The image encoder is outside the model: regions are 36 boxes of a Faster R-CNN with a 2048-d feature each.
+    head: answer (xGQA), label (XVNLI), match (xFlickrCO)
 
-Sizes come from the checkpoint's shapes (`read_sizes`). Two pre-trained files exist, and both load strictly; the naming tells which one it is:
-- "volta": IGLUE's `uc2_checkpoint_200000.bin`, with the names of the VOLTA framework. ReLU after the pooler, LayerNorm eps 1e-5 everywhere. The public
-  conversion put the original IMAGE LayerNorm into the text's place and left the image's own at identity (`image_norm_is_identity` sees the trace).
-  IGLUE's results start from these weights, so they are taken as they are.
-- "original": `model_step_200000.pt` of UC2's authors. tanh after the pooler, eps 1e-12 in the layers, both LayerNorms in their places.
-Fine-tuned models are saved under VOLTA's names whichever file they started from; what no tensor tells (`UC2.config`) is stored beside the tensors.
+Paper section 3: the 12 layers are what scheduled unfreezing thaws (`UC2.layers`, bottom to top); embeddings (the
+region projections among them), pooler and head always train. The image encoder is outside the model: regions are 36
+boxes of a Faster R-CNN with a 2048-d feature each.
+
+Sizes come from the checkpoint's shapes (`read_sizes`). Two pre-trained files exist, and both load
+strictly; the naming tells which one it is:
+- "volta": IGLUE's `uc2_checkpoint_200000.bin`, with the names of the VOLTA framework. ReLU after the pooler,
+  LayerNorm eps 1e-5 everywhere. The public conversion put the original IMAGE LayerNorm into the text's place
+  and left the image's own at identity (`image_norm_is_identity` sees the trace). IGLUE's results start from
+  these weights, so they are taken as they are.
+- "original": `model_step_200000.pt` of UC2's authors. tanh after the pooler, eps 1e-12 in the layers, both LayerNorms
+  in their places. Fine-tuned models are saved under VOLTA's names whichever file they started from; what no tensor
+  tells (`UC2.config`) is stored beside the tensors.
 
 Letters: B texts, T text tokens, I images, V regions, F region feature width, D width.
 """
@@ -69,7 +76,8 @@ class Sizes:
 class UC2(nn.Module):
     """The model for one task: "xgqa", "xvnli", "xflickrco", or "pretraining" (every head of the pre-trained file).
 
-    An image is a set of regions: `features` [I,V,F] (float16 or float32), `locations` [I,V,7] and `region_mask` [I,V] (1 real, 0 padding).
+    An image is a set of regions: `features` [I,V,F] (float16 or float32), `locations` [I,V,7] and
+    `region_mask` [I,V] (1 real, 0 padding).
     """
 
     def __init__(self, sizes, task, dropout=0.1):
@@ -78,7 +86,8 @@ class UC2(nn.Module):
         self.task, self.variant = task, s.variant
         self.text_embeddings = TextEmbeddings(s.vocabulary, s.width, s.positions, s.types, EPS, dropout)
         self.region_embeddings = RegionEmbeddings(s.features, s.locations, s.width, dropout)
-        self.layers = nn.ModuleList(TransformerLayer(s.width, s.heads, s.feed_forward, LAYER_EPS[s.variant], dropout) for _ in range(s.layers))
+        self.layers = nn.ModuleList(TransformerLayer(s.width, s.heads, s.feed_forward, LAYER_EPS[s.variant], dropout)
+                                    for _ in range(s.layers))
         self.pooler = nn.Linear(s.width, s.width)
         self.dropout = nn.Dropout(dropout)
         if task == "xgqa":
@@ -90,7 +99,8 @@ class UC2(nn.Module):
         if task == "pretraining":
             self.itm_head = nn.Linear(s.width, 2)
             self.mlm_head = TiedHead(s.width, s.vocabulary)
-            self.region_classes = mlp_head(s.width, s.region_classes)  # from here on: never run, only there to account for every tensor of the file
+            # from here on: never run, only there to account for every tensor of the file
+            self.region_classes = mlp_head(s.width, s.region_classes)
             if s.variant == "original":
                 self.region_words = mlp_head(s.width, s.region_words)
                 self.region_regression = TiedHead(s.width, s.features)
@@ -111,7 +121,9 @@ class UC2(nn.Module):
         return "embeddings" if name.startswith(("text_embeddings.", "region_embeddings.")) else "head"
 
     def decays(self, name):
-        """Whether weight decay applies: the reference's rule, substrings of the official name (so `image_layer_norm` and the like do decay)."""
+        """Whether weight decay applies: the reference's rule, substrings of the official name (so
+        `image_layer_norm` and the like do decay).
+        """
         official = self.checkpoint_names()[name]
         return not re.search(r"bias|LayerNorm\.weight", official)
 
@@ -123,7 +135,8 @@ class UC2(nn.Module):
 
     def encode_images(self, batch):
         """features, locations, region_mask -> what a text needs of its image: (regions [I,V,D], region_mask [I,V])."""
-        regions = self.region_embeddings(batch["features"], batch["locations"], self.text_embeddings.token_type.weight[1])
+        regions = self.region_embeddings(batch["features"], batch["locations"],
+                                         self.text_embeddings.token_type.weight[1])
         return regions, batch["region_mask"]
 
     def image_memory(self, encoded_images):
@@ -135,11 +148,17 @@ class UC2(nn.Module):
         return self.image_memory(self.encode_images(batch))
 
     def encode_texts(self, input_ids, attention_mask):
-        """[B,T] -> text embeddings [B,T,D]. Every layer of a single stream sees the image, so no more can be computed without one."""
+        """[B,T] -> text embeddings [B,T,D].
+
+        Every layer of a single stream sees the image, so no more can be computed without one.
+        """
         return self.text_embeddings(input_ids)
 
     def fuse(self, text_states, attention_mask, memory, first_token=False):
-        """States of text and regions [B,T+V,D], or [B,1,D] of <s> alone. `memory` holds B images, or one that all texts share."""
+        """States of text and regions [B,T+V,D], or [B,1,D] of <s> alone.
+
+        `memory` holds B images, or one that all texts share.
+        """
         [(regions, region_mask)] = memory
         hidden = torch.cat([text_states, regions.expand(len(text_states), -1, -1)], dim=1)  # [B,T+V,D]
         mask = key_mask(torch.cat([attention_mask, region_mask.expand(len(text_states), -1)], dim=1))
@@ -157,7 +176,9 @@ class UC2(nn.Module):
         return head(self.dropout(self.pooled(self.fuse(text_states, attention_mask, memory, first_token=True))))
 
     def batch_logits(self, head, batch):
-        """`logits` of a training batch: text b, or text text_index[b] if there is such an index, with image b, or image_index[b]."""
+        """`logits` of a training batch: text b, or text text_index[b] if there is such an
+        index, with image b, or image_index[b].
+        """
         memory, attention_mask = self.memory(batch), batch["attention_mask"]
         text_states = self.encode_texts(batch["input_ids"], attention_mask)
         if "image_index" in batch:
@@ -171,18 +192,23 @@ class UC2(nn.Module):
     def answer_loss(self, batch):
         """Binary cross-entropy of every answer, summed over answers, mean over questions.
 
-        batch: features, locations, region_mask, input_ids [B,T], attention_mask [B,T], targets [B,answers] (score of each answer, all 0 where none
-        is known) and, where questions share images, image_index [B].
+        batch: features, locations, region_mask, input_ids [B,T], attention_mask [B,T], targets [B,answers] (score of
+        each answer, all 0 where none is known) and, where questions share images, image_index [B].
         """
-        return F.binary_cross_entropy_with_logits(self.batch_logits(self.answer_head, batch), batch["targets"].float()) * self.sizes.labels
+        return F.binary_cross_entropy_with_logits(self.batch_logits(self.answer_head, batch),
+                                                  batch["targets"].float()) * self.sizes.labels
 
     def label_loss(self, batch):
-        """Binary cross-entropy, mean over statements and labels. batch as for xGQA, targets [B,3] (one-hot in the order of LABELS, all 0 for "-")."""
+        """Binary cross-entropy, mean over statements and labels.
+
+        batch as for xGQA, targets [B,3] (one-hot in the order of LABELS, all 0 for "-").
+        """
         return F.binary_cross_entropy_with_logits(self.batch_logits(self.label_head, batch), batch["targets"].float())
 
     def label_logits(self, text_states, attention_mask, memory):
         """-> [B,answers] (xGQA) or [B,3] (XVNLI)."""
-        return self.logits(self.answer_head if self.task == "xgqa" else self.label_head, text_states, attention_mask, memory)
+        return self.logits(self.answer_head if self.task == "xgqa" else self.label_head, text_states,
+                           attention_mask, memory)
 
     def predict(self, text_states, attention_mask, memory):
         """Index of the likeliest answer or label: [B]."""
@@ -191,11 +217,13 @@ class UC2(nn.Module):
     # -- xFlickrCO: matching -------------------------------------------------------------------------------------------
 
     def retrieval_loss(self, batch):
-        """Triplet loss on sigmoid scores: a matching pair should outscore each of three mismatches by MARGIN. Mean over captions and mismatches.
+        """Triplet loss on sigmoid scores: a matching pair should outscore each of three mismatches by MARGIN.
 
-        batch: features, locations, region_mask of I distinct images; input_ids, attention_mask of C distinct captions; for every training caption four
-        pairs in a row, the matching one first: image_index [4B] and text_index [4B]. What several pairs share is embedded once (and
-        shares its dropout there, which the reference draws per pair).
+        Mean over captions and mismatches.
+
+        batch: features, locations, region_mask of I distinct images; input_ids, attention_mask of C distinct captions;
+        for every training caption four pairs in a row, the matching one first: image_index [4B] and text_index [4B].
+        What several pairs share is embedded once (and shares its dropout there, which the reference draws per pair).
         """
         scores = self.batch_logits(self.match_head, batch).sigmoid().view(-1, 4)
         return (MARGIN + scores[:, 1:] - scores[:, :1]).clamp(min=0).mean()
@@ -231,11 +259,13 @@ class UC2(nn.Module):
         """Second names under which the official file stores the same tensor: alias -> first name."""
         if self.naming == "original":
             return {"cls.decoder.weight": "roberta.embeddings.word_embeddings.weight", "cls.decoder.bias": "cls.bias",
-                    "vis_cls.bias": "vis_cls.decoder.bias", "feat_regress.weight": "roberta.img_embeddings.img_linear.weight"}
+                    "vis_cls.bias": "vis_cls.decoder.bias",
+                    "feat_regress.weight": "roberta.img_embeddings.img_linear.weight"}
         # VOLTA has names for a second, visual stream throughout; in UC2 it is the same stream
         layers = [name for name in self.checkpoint_names().values() if name.startswith("bert.encoder.")]
         aliases = {re.sub(r"\.(query|key|value|dense|LayerNorm)\.", r".v_\1.", name): name for name in layers}
-        aliases["bert.embeddings.image_token_type_embeddings.weight"] = "bert.embeddings.new_token_type_embeddings.weight"
+        token_types = "bert.embeddings.new_token_type_embeddings.weight"
+        aliases["bert.embeddings.image_token_type_embeddings.weight"] = token_types
         if self.task == "pretraining":
             aliases["cls.predictions.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
         return aliases
@@ -250,7 +280,10 @@ class UC2(nn.Module):
 
 
 class RegionEmbeddings(nn.Module):
-    """LayerNorm(feature projection) + LayerNorm(location projection) + token type 1, LayerNorm, dropout. Regions have no order, hence no position."""
+    """LayerNorm(feature projection) + LayerNorm(location projection) + token type 1, LayerNorm, dropout.
+
+    Regions have no order, hence no position.
+    """
 
     def __init__(self, features, locations, width, dropout):
         super().__init__()
@@ -260,7 +293,9 @@ class RegionEmbeddings(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features, locations, token_type):
-        """features [I,V,F], locations [I,V,7] (x1 y1 x2 y2 w h area, as shares of the image), token_type [D] -> [I,V,D]."""
+        """features [I,V,F], locations [I,V,7] (x1 y1 x2 y2 w h area, as shares of the
+        image), token_type [D] -> [I,V,D].
+        """
         dtype = self.feature.weight.dtype  # features are stored and travel as float16
         appearance = self.feature_norm(self.feature(features.to(dtype)))
         place = self.location_norm(self.location(locations.to(dtype)))
@@ -294,15 +329,20 @@ def sublayer(offset, rest):
 
 # our name, the name in IGLUE's (VOLTA) file, the name in the original file
 BOTH_NAMES = [
-    (r"^layers\.(\d+)\.attention\.(self|output)\.", sublayer(0, r"attention_\2."), r"roberta.encoder.layer.\1.attention.\2."),
+    (r"^layers\.(\d+)\.attention\.(self|output)\.", sublayer(0, r"attention_\2."),
+     r"roberta.encoder.layer.\1.attention.\2."),
     (r"^layers\.(\d+)\.", sublayer(1, ""), r"roberta.encoder.layer.\1."),
     (r"^text_embeddings\.(word|position)\.", r"bert.embeddings.\1_embeddings.", r"roberta.embeddings.\1_embeddings."),
-    (r"^text_embeddings\.token_type\.", "bert.embeddings.new_token_type_embeddings.", "roberta.embeddings.new_token_type_embeddings."),
+    (r"^text_embeddings\.token_type\.", "bert.embeddings.new_token_type_embeddings.",
+     "roberta.embeddings.new_token_type_embeddings."),
     (r"^text_embeddings\.norm\.", "bert.embeddings.LayerNorm.", "roberta.embeddings.LayerNorm."),
     (r"^region_embeddings\.feature\.", "bert.embeddings.image_embeddings.", "roberta.img_embeddings.img_linear."),
-    (r"^region_embeddings\.feature_norm\.", "bert.embeddings.image_layer_norm.", "roberta.img_embeddings.img_layer_norm."),
-    (r"^region_embeddings\.location\.", "bert.embeddings.image_location_embeddings.", "roberta.img_embeddings.pos_linear."),
-    (r"^region_embeddings\.location_norm\.", "bert.embeddings.image_location_layer_norm.", "roberta.img_embeddings.pos_layer_norm."),
+    (r"^region_embeddings\.feature_norm\.", "bert.embeddings.image_layer_norm.",
+     "roberta.img_embeddings.img_layer_norm."),
+    (r"^region_embeddings\.location\.", "bert.embeddings.image_location_embeddings.",
+     "roberta.img_embeddings.pos_linear."),
+    (r"^region_embeddings\.location_norm\.", "bert.embeddings.image_location_layer_norm.",
+     "roberta.img_embeddings.pos_layer_norm."),
     (r"^region_embeddings\.norm\.", "bert.embeddings.v_LayerNorm.", "roberta.img_embeddings.LayerNorm."),
     (r"^pooler\.", "bert.t_pooler.dense.", "roberta.pooler.dense."),
     (r"^itm_head\.", "cls.bi_seq_relationship.", "itm_output."),
@@ -336,11 +376,15 @@ def official_names(model, naming):
 
 
 def read_sizes(tensors, config, source):
-    """Sizes of the UC2 in a checkpoint, from its names and shapes. Heads are 64 wide unless the file's config says otherwise."""
+    """Sizes of the UC2 in a checkpoint, from its names and shapes.
+
+    Heads are 64 wide unless the file's config says otherwise.
+    """
     naming = "original" if any(name.startswith("roberta.") for name in tensors) else "volta"
     variant = config.get("variant", naming)
     if variant not in list(LAYER_EPS):
-        raise ValueError(f"{source}: the config's variant is {reprlib.repr(variant)}, expected one of {', '.join(LAYER_EPS)}")
+        raise ValueError(f"{source}: the config's variant is {reprlib.repr(variant)}, expected one of "
+                         f"{', '.join(LAYER_EPS)}")
 
     def shape(name):
         official = rename(name, OFFICIAL_NAMES[naming])
@@ -349,12 +393,15 @@ def read_sizes(tensors, config, source):
     vocabulary, width = shape("text_embeddings.word.weight")
     sizes = Sizes(
         width=width, vocabulary=vocabulary,
-        layers=count_layers(tensors, "roberta.encoder.layer.") if naming == "original" else count_layers(tensors, "bert.encoder.layer.") // 2,
+        layers=count_layers(tensors, "roberta.encoder.layer.") if naming == "original"
+        else count_layers(tensors, "bert.encoder.layer.") // 2,
         heads=size_of(config, "heads", max(1, width // 64), source, width), feed_forward=shape("layers.0.up.weight")[0],
         positions=shape("text_embeddings.position.weight")[0], types=shape("text_embeddings.token_type.weight")[0],
-        features=shape("region_embeddings.feature.weight")[1], locations=shape("region_embeddings.location.weight")[1], variant=variant)
+        features=shape("region_embeddings.feature.weight")[1], locations=shape("region_embeddings.location.weight")[1],
+        variant=variant)
     if naming == "original":
-        return replace(sizes, region_classes=shape("region_classes.3.weight")[0], region_words=shape("region_words.3.weight")[0])
+        return replace(sizes, region_classes=shape("region_classes.3.weight")[0],
+                       region_words=shape("region_words.3.weight")[0])
     if "cls.imagePredictions.decoder_dict.0.weight" in tensors:
         sizes = replace(sizes, region_classes=shape("region_classes.3.weight")[0])
     if "clfs_dict.TASK15.logit_fc.3.weight" in tensors:
@@ -363,10 +410,12 @@ def read_sizes(tensors, config, source):
 
 
 def from_pretrained(tensors, config, task, source, num_labels=1842, **options):
-    """UC2 for `task` from one of the two pre-trained files; `options` go to the constructor, `num_labels` is the number of xGQA's answers.
+    """UC2 for `task` from one of the two pre-trained files; `options` go to the constructor,
+    `num_labels` is the number of xGQA's answers.
 
-    The file must be exactly one of them: all of its tensors, with the right shapes, and no other. The pre-training heads are left out, the task's head
-    keeps its initialisation. Which file it was decides the model's `variant`. Raises ValueError, one line, for any other file.
+    The file must be exactly one of them: all of its tensors, with the right shapes, and no other. The pre-training
+    heads are left out, the task's head keeps its initialisation. Which file it was decides the model's `variant`.
+    Raises ValueError, one line, for any other file.
     """
     sizes = read_sizes(tensors, config, source)
     with torch.device("meta"):  # shapes only
@@ -379,7 +428,10 @@ def from_pretrained(tensors, config, task, source, num_labels=1842, **options):
 
 
 def from_finetuned(tensors, config, task, source, **options):
-    """UC2 from a file that holds the fine-tuned model of this very task (ours or IGLUE's). Raises ValueError for any other file."""
+    """UC2 from a file that holds the fine-tuned model of this very task (ours or IGLUE's).
+
+    Raises ValueError for any other file.
+    """
     with torch.device("meta"):
         check_file(UC2(read_sizes(tensors, config, source), task), tensors, source)
     model = UC2(read_sizes(tensors, config, source), task, **options)
@@ -388,6 +440,8 @@ def from_finetuned(tensors, config, task, source, **options):
 
 
 def image_norm_is_identity(tensors):
-    """Whether the image LayerNorm of a VOLTA file is untrained, the trace of the conversion that put its values into the text's place."""
+    """Whether the image LayerNorm of a VOLTA file is untrained, the trace of the conversion
+    that put its values into the text's place.
+    """
     weight, bias = (tensors.get(f"bert.embeddings.v_LayerNorm.{part}") for part in ("weight", "bias"))
     return weight is not None and bias is not None and bool((weight == 1).all() and (bias == 0).all())

@@ -1,10 +1,12 @@
 """BEiT-2 vision transformer: the image encoder of CCLM (paper section 3, "Architecture-specific Implementation").
 
-A pre-LN transformer over 16x16 patches without position embeddings: position enters each block through its own learned table of relative position
-biases, added to the attention scores. Residual branches are scaled by learned vectors (layer scale) and dropped at random in training (stochastic
-depth). Pre-trained at 224x224 and fine-tuned at 384x384, so the tables must be resized: `resize_position_table`.
+A pre-LN transformer over 16x16 patches without position embeddings: position enters each block through its own learned
+table of relative position biases, added to the attention scores. Residual branches are scaled by learned vectors (layer
+scale) and dropped at random in training (stochastic depth). Pre-trained at 224x224 and fine-tuned at 384x384, so the
+tables must be resized: `resize_position_table`.
 
-Parameter names are those of the official checkpoint, but for the prefix. Letters: B batch, P patches (R/16 squared), D width, H heads, R image side.
+Parameter names are those of the official checkpoint, but for the prefix. Letters: B batch, P patches
+(R/16 squared), D width, H heads, R image side.
 """
 
 import numpy as np
@@ -67,7 +69,10 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((width,), 0.1))
 
     def scale(self, gamma, images):
-        """Factor of a residual branch, [D] or [B,1,D]. Stochastic depth: in training, 0 for a random share of the images."""
+        """Factor of a residual branch, [D] or [B,1,D].
+
+        Stochastic depth: in training, 0 for a random share of the images.
+        """
         if not self.training or self.drop_path == 0:
             return gamma
         keep = 1 - self.drop_path
@@ -80,7 +85,9 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images -> one token for the whole image (the mean of the normalised patches, not the class token), then the patches."""
+    """Images -> one token for the whole image (the mean of the normalised patches, not
+    the class token), then the patches.
+    """
 
     def __init__(self, width, heads, depth, hidden, patch_size, image_size, drop_path=0.1):
         super().__init__()
@@ -105,7 +112,8 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """BEiT's initialisation, for models that start from nothing: normal(0, 0.02), the later in depth the smaller."""
+        """BEiT's initialisation, for models that start from nothing: normal(0, 0.02), the later in depth the smaller.
+        """
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -141,16 +149,19 @@ def relative_position_index(side):
 def resize_position_table(table, new_length):
     """Resize a bias table to another window: [(2w-1)²+3, H] -> [(2v-1)²+3, H], as the reference does, without SciPy.
 
-    The offsets of the old window are placed on a geometric grid that reaches as far as the new window (dense in the middle, where neighbours differ
-    most), and a bicubic spline through them is read at the new integer offsets. Rows about the class token are kept. In float64.
+    The offsets of the old window are placed on a geometric grid that reaches as far as the new window (dense in the
+    middle, where neighbours differ most), and a bicubic spline through them is read at the new integer offsets.
+    Rows about the class token are kept. In float64.
     """
     old, new = round((len(table) - 3) ** 0.5), round((new_length - 3) ** 0.5)
     if old * old + 3 != len(table) or new * new + 3 != new_length:
-        raise ValueError(f"cannot resize a relative position table of {len(table)} rows to {new_length}: a square and 3 rows are expected")
+        raise ValueError(f"cannot resize a relative position table of {len(table)} rows to {new_length}: a square and "
+                         "3 rows are expected")
     if old == new:
         return table
     if old < 5:
-        raise ValueError(f"cannot resize a relative position table of {len(table)} rows: a spline needs at least 3 x 3 patches")
+        raise ValueError(
+            f"cannot resize a relative position table of {len(table)} rows: a spline needs at least 3 x 3 patches")
     source = geometric_offsets(old, new)
     target = torch.arange(-(new // 2), new // 2 + 1, dtype=torch.float64).clamp(source[0], source[-1])
     spline = cubic_spline_matrix(source, target)  # [new, old]
@@ -160,7 +171,9 @@ def resize_position_table(table, new_length):
 
 
 def geometric_offsets(old, new):
-    """`old` offsets 0, ±1, ±(1+q), ±(1+q+q²), …, with the ratio q that makes the outermost reach new // 2 (bisection as the reference's)."""
+    """`old` offsets 0, ±1, ±(1+q), ±(1+q+q²), …, with the ratio q that makes the outermost reach
+    new // 2 (bisection as the reference's).
+    """
     left, right = 1.01, 1.5
     while right - left > 1e-6:
         q = (left + right) / 2
@@ -173,9 +186,11 @@ def geometric_offsets(old, new):
 
 
 def cubic_spline_matrix(knots, points):
-    """Matrix M with (M @ values)[p] = value at points[p] of the not-a-knot cubic spline through (knots, values): [points, knots].
+    """Matrix M with (M @ values)[p] = value at points[p] of the not-a-knot cubic spline
+    through (knots, values): [points, knots].
 
-    The spline is linear in its values, so its slopes at the knots come from one linear system solved for all unit vectors.
+    The spline is linear in its values, so its slopes at the knots come from one linear
+    system solved for all unit vectors.
     """
     n, gaps = len(knots), knots.diff()
     system, right = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
@@ -184,15 +199,18 @@ def cubic_spline_matrix(knots, points):
         right[i, i - 1] = -3 * gaps[i] / gaps[i - 1]
         right[i, i + 1] = 3 * gaps[i - 1] / gaps[i]
         right[i, i] = -right[i, i - 1] - right[i, i + 1]
-    for edge, a, b, sign in ((0, gaps[0], gaps[1], 1), (n - 1, gaps[-1], gaps[-2], -1)):  # so is the third at the outer two
+    # so is the third at the outer two
+    for edge, a, b, sign in ((0, gaps[0], gaps[1], 1), (n - 1, gaps[-1], gaps[-2], -1)):
         system[edge, edge], system[edge, edge + sign] = b, a + b
         first, second, third = edge, edge + sign, edge + 2 * sign
         rise_a, rise_b = (3 * a + 2 * b) * b / (a + b) / a, a * a / (a + b) / b
-        right[edge, first], right[edge, second], right[edge, third] = -sign * rise_a, sign * (rise_a - rise_b), sign * rise_b
+        right[edge, first], right[edge, second] = -sign * rise_a, sign * (rise_a - rise_b)
+        right[edge, third] = sign * rise_b
     slopes = torch.linalg.solve(system, right)  # [knots, knots]: slope at knot i for unit value at knot j
     piece = (torch.searchsorted(knots, points, right=True) - 1).clamp(0, n - 2)
     width, t = gaps[piece], (points - knots[piece]) / gaps[piece]
     unit = torch.eye(n, dtype=torch.float64)
-    hermite = ((1 + 2 * t) * (1 - t) ** 2, t * (1 - t) ** 2 * width, t**2 * (3 - 2 * t), t**2 * (t - 1) * width)  # each [points]
+    # each [points]
+    hermite = ((1 + 2 * t) * (1 - t) ** 2, t * (1 - t) ** 2 * width, t**2 * (3 - 2 * t), t**2 * (t - 1) * width)
     ends = (unit[piece], slopes[piece], unit[piece + 1], slopes[piece + 1])  # each [points, knots]
     return sum(h[:, None] * end for h, end in zip(hermite, ends))

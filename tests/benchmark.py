@@ -4,12 +4,14 @@
     python tests/benchmark.py --size mini             seconds instead of minutes
     python tests/benchmark.py --parts training,pairs  some of: training, answers, ranking, pairs, strategies, growth
 
-The reference-style rungs do what the released code does: float32, attention written out, texts padded to the task's limit, the image encoder once per
-*question*, states tiled for 128 candidates whose logits over the whole vocabulary are kept, keys and values of an image projected again for each of its
-texts. They use this project's weights, so that outputs can be compared: every rung says how far its output is from the first one's.
+The reference-style rungs do what the released code does: float32, attention written out, texts padded to the task's
+limit, the image encoder once per *question*, states tiled for 128 candidates whose logits over the whole vocabulary are
+kept, keys and values of an image projected again for each of its texts. They use this project's weights, so that
+outputs can be compared: every rung says how far its output is from the first one's.
 
-Repetitions are interleaved (rung 1, rung 2, …, rung 1, …), the median is printed, and ratios are taken within the run: absolute times say as much about
-the machine as about the code. FLOPs are counted by torch's counter. Results also go to benchmark.json.
+Repetitions are interleaved (rung 1, rung 2, …, rung 1, …), the median is printed, and ratios are taken
+within the run: absolute times say as much about the machine as about the code. FLOPs are counted by
+torch's counter. Results also go to benchmark.json.
 """
 
 import argparse
@@ -57,9 +59,12 @@ def synchronize():
 
 
 def ladder(title, rungs, unit, repeat, same=None):
-    """Time rungs interleaved; print medians, ratios to the first, and how far outputs are from the first's. -> list of dicts.
+    """Time rungs interleaved; print medians, ratios to the first, and how far outputs are from the first's.
 
-    rungs: [(name, amount, function)], where one call handles `amount` units. same(first output, output) -> text on their difference.
+    -> list of dicts.
+
+    rungs: [(name, amount, function)], where one call handles `amount` units. same(first
+    output, output) -> text on their difference.
     """
     seconds, outputs, memory = [[] for _ in rungs], [], []
     for _, _, function in rungs:  # warm-up, and what comes out
@@ -79,10 +84,12 @@ def ladder(title, rungs, unit, repeat, same=None):
     for (name, amount, _), times, output, peak in zip(rungs, seconds, outputs, memory):
         ratio = statistics.median([(a / rungs[0][1]) / (b / amount) for a, b in zip(seconds[0], times)])
         median = statistics.median(times)
-        rows.append({"rung": name, "seconds": median, f"{unit}_per_second": amount / median, "ratio": ratio, "peak_memory_bytes": peak,
+        rows.append({"rung": name, "seconds": median, f"{unit}_per_second": amount / median, "ratio": ratio,
+                     "peak_memory_bytes": peak,
                      "difference": same(outputs[0], output) if same else ""})
         peak_text = f"{peak / 1e9:5.1f} GB" if peak else ""
-        print(f"  {name:64} {median:8.3f} s {amount / median:10.2f} {unit}/s {ratio:7.2f}x  {peak_text}  {rows[-1]['difference']}", flush=True)
+        print(f"  {name:64} {median:8.3f} s {amount / median:10.2f} {unit}/s {ratio:7.2f}x  {peak_text}  "
+              f"{rows[-1]['difference']}", flush=True)
     return rows
 
 
@@ -149,7 +156,9 @@ def pad_columns(ids, length):
 
 
 def reference_answer_loss(model, batch, limit):
-    """One image per question, texts padded to the limit, logits of the whole vocabulary at every position, padding included."""
+    """One image per question, texts padded to the limit, logits of the whole vocabulary
+    at every position, padding included.
+    """
     input_ids = pad_columns(batch["input_ids"], limit)
     attention_mask = (input_ids != PAD).long()
     memory = model.memory(batch)
@@ -161,12 +170,16 @@ def reference_answer_loss(model, batch, limit):
 
 
 def reference_rank(model, images, input_ids, candidate_ids, k=128):
-    """One image pass per question; states tiled for the k candidates; their whole logits kept. -> index of the best candidate per question."""
+    """One image pass per question; states tiled for the k candidates; their whole logits kept.
+
+    -> index of the best candidate per question.
+    """
     attention_mask, decoder = (input_ids != PAD).long(), model.decoder
     memory = model.image_memory(model.encode_images({"images": images}))
     states = model.fuse(model.encode_texts(input_ids, attention_mask), attention_mask, memory)
     bos = candidate_ids[:1, :1].expand(len(states), 1)
-    first = decoder.logits(decoder.decode(bos, decoder.memory(states), attention_mask)[:, 0]).log_softmax(-1)[:, candidate_ids[:, 1]]
+    first = decoder.logits(
+        decoder.decode(bos, decoder.memory(states), attention_mask)[:, 0]).log_softmax(-1)[:, candidate_ids[:, 1]]
     first, top = first.topk(min(k, len(candidate_ids)))
     tiled, mask = (x.repeat_interleave(top.shape[1], 0) for x in (states, attention_mask))
     chosen = candidate_ids[top.flatten()]
@@ -184,10 +197,12 @@ def reference_match(model, text_ids, image_states):
 
 
 def reference_pairs(model, text_ids, image):
-    """UC2: texts padded to 80; text and regions embedded again for every pair; the last layer computed for every token."""
+    """UC2: texts padded to 80; text and regions embedded again for every pair; the last layer computed for every token.
+    """
     input_ids = pad_columns(text_ids, 80)
     attention_mask = (input_ids != PAD).long()
-    memory = model.memory({name: tensor.expand(len(input_ids), *tensor.shape[1:]).contiguous() for name, tensor in image.items()})
+    memory = model.memory(
+        {name: tensor.expand(len(input_ids), *tensor.shape[1:]).contiguous() for name, tensor in image.items()})
     hidden = model.fuse(model.encode_texts(input_ids, attention_mask), attention_mask, memory)
     return model.match_head(model.pooled(hidden))[:, 0]
 
@@ -197,7 +212,9 @@ def reference_pairs(model, text_ids, image):
 
 
 def texts(count, vocabulary, mean, longest, seed):
-    """Random token rows with lengths like the benchmark's (facts: xGQA 14 tokens on average, captions 20; some much longer): [count,T]."""
+    """Random token rows with lengths like the benchmark's (facts: xGQA 14 tokens on average,
+    captions 20; some much longer): [count,T].
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = (mean + 0.3 * mean * torch.randn(count, generator=generator)).round().clamp(5, longest).long()
     ids = torch.randint(4, vocabulary, (count, int(lengths.max())), generator=generator)
@@ -208,7 +225,8 @@ def texts(count, vocabulary, mean, longest, seed):
 
 
 def label_tokens(count, vocabulary):
-    """Token rows of `count` different labels: 60 % one token, 30 % two, 10 % three to five, as GQA's 1,842 are about."""
+    """Token rows of `count` different labels: 60 % one token, 30 % two, 10 % three to five, as GQA's 1,842 are about.
+    """
     generator = torch.Generator().manual_seed(5)
     labels = {}
     while len(labels) < count:
@@ -234,11 +252,13 @@ def question_batch(sizes, questions, images, seed=0):
     answers = label_tokens(questions, sizes.vocabulary)
     rows = [[BOS, *answer, EOS] for answer in answers]
     longest = max(map(len, rows))
-    return {"images": torch.randint(256, (images, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).to(DEVICE),
+    return {"images": torch.randint(256, (images, 3, size, size), dtype=torch.uint8,
+                                    generator=torch.Generator().manual_seed(seed)).to(DEVICE),
             "image_index": torch.arange(images, device=DEVICE).repeat_interleave(questions // images),
             "input_ids": input_ids, "attention_mask": (input_ids != PAD).long(),
             "answer_ids": torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], device=DEVICE),
-            "answer_question": torch.arange(questions, device=DEVICE), "answer_weight": torch.ones(questions, device=DEVICE)}
+            "answer_question": torch.arange(questions, device=DEVICE),
+            "answer_weight": torch.ones(questions, device=DEVICE)}
 
 
 def part(batch, rows):
@@ -260,8 +280,10 @@ def training(size, repeat, compile_too):
     torch.manual_seed(0)
     model = cclm.CCLM(sizes, "xgqa", dropout=0.0, drop_path=0.0).to(DEVICE)
     batch = question_batch(sizes, 16, 4)
-    ungrouped = {name: tensor for name, tensor in batch.items() if name != "image_index"} | {"images": batch["images"][batch["image_index"]]}
-    groups = train.parameter_groups(model, train.part_of(model), dict.fromkeys(train.part_of(model).values(), 0.0), 0.01)
+    ungrouped = {name: tensor for name, tensor in batch.items()
+                 if name != "image_index"} | {"images": batch["images"][batch["image_index"]]}
+    groups = train.parameter_groups(model, train.part_of(model),
+                                    dict.fromkeys(train.part_of(model).values(), 0.0), 0.01)
     optimizer = train.make_optimizer(groups, RECIPES["cclm", "xgqa"])
     halves = [part(ungrouped, slice(0, 8)), part(ungrouped, slice(8, 16))]  # what fits in memory one image per question
 
@@ -283,23 +305,28 @@ def training(size, repeat, compile_too):
             return step([lambda half=half: reference_answer_loss(model, half, limit) for half in halves], fused=False)
 
     def ours(loss_of, bf16=False, grouped=True):
-        return step([lambda: loss_of(batch)] if grouped else [lambda half=half: loss_of(half) for half in halves], bf16=bf16)
+        return step(
+            [lambda: loss_of(batch)] if grouped else [lambda half=half: loss_of(half) for half in halves], bf16=bf16)
 
     rungs = [("reference-style: float32, one image pass per question, padded to 40", 16, lambda: reference(40)),
              ("  the same, padded to the longest of the batch", 16, lambda: reference(0)),
-             ("ours, float32: fused attention and AdamW, logits of real tokens", 16, lambda: ours(model, grouped=False)),
+             ("ours, float32: fused attention and AdamW, logits of real tokens", 16,
+              lambda: ours(model, grouped=False)),
              ("+ --questions-per-image 4", 16, lambda: ours(model)),
              ("+ bf16", 16, lambda: ours(model, True))]
     if compile_too:
         compiled = torch.compile(model, dynamic=True)
         rungs.append(("+ --compile", 16, lambda: ours(compiled, True)))
-    rows = ladder(f"xGQA training step, CCLM {size}, 16 questions over 4 images", rungs, "questions", repeat, relative_difference)
-    flops = 3 * sum(count_flops(lambda half=half: model(half)) for half in halves)  # a backward pass costs two forward passes
+    rows = ladder(f"xGQA training step, CCLM {size}, 16 questions over 4 images", rungs, "questions", repeat,
+                  relative_difference)
+    # a backward pass costs two forward passes
+    flops = 3 * sum(count_flops(lambda half=half: model(half)) for half in halves)
     for dtype in (torch.float32, torch.bfloat16):
         peak, row = matmul_peak(dtype), rows[2] if dtype == torch.float32 else rows[-1]
         done = flops if dtype == torch.float32 else 3 * count_flops(lambda: model(batch))
         row["share_of_matmul_peak"] = done / row["seconds"] / peak
-        print(f"  {str(dtype):14} matmul peak {peak / 1e12:.3f} TFLOP/s; '{row['rung']}' reaches {row['share_of_matmul_peak']:.0%} of it")
+        print(f"  {str(dtype):14} matmul peak {peak / 1e12:.3f} TFLOP/s; '{row['rung']}' reaches "
+              f"{row['share_of_matmul_peak']:.0%} of it")
     return {"rungs": rows, "flops_per_question": flops / 16}
 
 
@@ -319,20 +346,24 @@ def answers(size, repeat, _):
 
     def reference():
         with reference_attention():
-            return torch.cat([reference_rank(model, image, pad_columns(question, 40), candidates) for question in few.split(1)])
+            return torch.cat(
+                [reference_rank(model, image, pad_columns(question, 40), candidates) for question in few.split(1)])
 
     def ours(share_images, bf16=False):
         with autocast(bf16):
             if share_images:
                 memory = model.memory({"images": image})
-                return torch.cat([model.predict(model.encode_texts(ids, (ids != PAD).long()), (ids != PAD).long(), memory) for ids in many.split(64)])
+                return torch.cat([model.predict(model.encode_texts(ids, (ids != PAD).long()), (ids != PAD).long(),
+                                                memory) for ids in many.split(64)])
             parts = []
             for ids in few.split(1):
-                parts.append(model.predict(model.encode_texts(ids, (ids != PAD).long()), (ids != PAD).long(), model.memory({"images": image})))
+                parts.append(model.predict(model.encode_texts(ids, (ids != PAD).long()), (ids != PAD).long(),
+                                           model.memory({"images": image})))
             return torch.cat(parts)
 
     result = {}
-    for name, teach in (("untrained decoder: nothing can be skipped", False), ("a decoder that knows answer frequencies", True)):
+    for name, teach in (("untrained decoder: nothing can be skipped", False),
+                        ("a decoder that knows answer frequencies", True)):
         if teach:
             teach_frequencies(model.decoder, labels)
         rungs = [("reference-style: 128 candidates, one image pass per question", 2, reference),
@@ -341,7 +372,8 @@ def answers(size, repeat, _):
                  ("+ bf16", len(many), lambda: ours(True, True))]
         rows = ladder(f"xGQA evaluation, CCLM {size}, {name}", rungs, "questions", repeat)
         slow, fast = ours(False), ours(True)[: len(few)]
-        print(f"  the last float32 rung answers {int((slow == fast).sum())} of {len(few)} questions as the one before it")
+        print(
+            f"  the last float32 rung answers {int((slow == fast).sum())} of {len(few)} questions as the one before it")
         result[name] = rows
     return result
 
@@ -354,7 +386,8 @@ def ranking(size, repeat, _):
     model = cclm.CCLM(sizes, "xflickrco").to(DEVICE).eval()
     captions = texts(64, sizes.vocabulary, 20, 60, 2)
     mask = (captions != PAD).long()
-    image_states = model.encode_images({"images": torch.randint(256, (1, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8, device=DEVICE)})
+    image_states = model.encode_images(
+        {"images": torch.randint(256, (1, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8, device=DEVICE)})
     text_states = model.encode_texts(captions, mask)
     order = mask.sum(1).argsort()
 
@@ -362,10 +395,12 @@ def ranking(size, repeat, _):
         with reference_attention():
             return torch.cat([reference_match(model, captions[:32], image_states)])
 
-    def reference_without_text():  # text states are computed once in the reference, too: only the cross-modal part is in the loop
+    # text states are computed once in the reference, too: only the cross-modal part is in the loop
+    def reference_without_text():
         with reference_attention():
             memory = model.image_memory(image_states.expand(32, -1, -1).contiguous())
-            states = shared.pad_to(text_states[:32], 80) if hasattr(shared, "pad_to") else F.pad(text_states[:32], (0, 0, 0, 80 - text_states.shape[1]))
+            states = (shared.pad_to(text_states[:32], 80) if hasattr(shared, "pad_to")
+                      else F.pad(text_states[:32], (0, 0, 0, 80 - text_states.shape[1])))
             return model.match_scores(states, F.pad(mask[:32], (0, 80 - mask.shape[1])), memory)
 
     def ours(bf16=False):
@@ -378,7 +413,8 @@ def ranking(size, repeat, _):
         return scores[:32]
 
     rungs = [("reference-style: padded to 80, image projected for every caption", 32, reference_without_text),
-             ("ours: image projected once, captions of one length together", 64, ours), ("+ bf16", 64, lambda: ours(True))]
+             ("ours: image projected once, captions of one length together", 64, ours),
+             ("+ bf16", 64, lambda: ours(True))]
     return {"rungs": ladder(f"xFlickrCO re-ranking, CCLM {size}", rungs, "pairs", repeat, relative_difference)}
 
 
@@ -390,7 +426,8 @@ def pairs(size, repeat, _):
     model = uc2.UC2(sizes, "xflickrco").to(DEVICE).eval()
     captions = texts(64, sizes.vocabulary, 20, 60, 2)
     mask = (captions != PAD).long()
-    image = {"features": torch.randn(1, 36, sizes.features, device=DEVICE), "locations": torch.rand(1, 36, 7, device=DEVICE),
+    image = {"features": torch.randn(1, 36, sizes.features, device=DEVICE),
+             "locations": torch.rand(1, 36, 7, device=DEVICE),
              "region_mask": torch.ones(1, 36, dtype=torch.long, device=DEVICE)}
     text_states, memory, order = model.encode_texts(captions, mask), model.memory(image), mask.sum(1).argsort()
 
@@ -436,7 +473,8 @@ def strategies(size, repeat, _):
         step()
         flops, (kept, _) = count_flops(step), saved_bytes(lambda: model(batch))
         training_now = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        rows.append({"strategy": name, "trainable": training_now, "flops": flops, "kept_bytes": kept, "adamw_bytes": 8 * training_now})
+        rows.append({"strategy": name, "trainable": training_now, "flops": flops, "kept_bytes": kept,
+                     "adamw_bytes": 8 * training_now})
         functions.append(step)
     seconds = [[] for _ in functions]
     for _ in range(repeat):
@@ -447,8 +485,10 @@ def strategies(size, repeat, _):
             times.append(time.perf_counter() - began)
     for row, times in zip(rows, seconds):
         row["time_share"] = statistics.median([b / a for a, b in zip(seconds[0], times)])
-        print(f"  {row['strategy']:38} {row['trainable'] / 1e6:7.1f} M  {row['time_share']:5.2f}x  {row['flops'] / rows[0]['flops']:8.2f}x  "
-              f"{row['kept_bytes'] / 1e9:8.2f} GB ({row['kept_bytes'] / rows[0]['kept_bytes']:4.2f}x)  {row['adamw_bytes'] / 1e9:6.2f} GB")
+        print(f"  {row['strategy']:38} {row['trainable'] / 1e6:7.1f} M  {row['time_share']:5.2f}x  "
+              f"{row['flops'] / rows[0]['flops']:8.2f}x  "
+              f"{row['kept_bytes'] / 1e9:8.2f} GB ({row['kept_bytes'] / rows[0]['kept_bytes']:4.2f}x)  "
+              f"{row['adamw_bytes'] / 1e9:6.2f} GB")
     return {"rows": rows}
 
 
@@ -475,9 +515,11 @@ def growth(size, repeat, _):
 
     def score(boxes=18):
         ids = texts(16, uc2_sizes.vocabulary, 20, 60, 2)
-        image = {"features": torch.randn(1, boxes, uc2_sizes.features, device=DEVICE), "locations": torch.rand(1, boxes, 7, device=DEVICE),
+        image = {"features": torch.randn(1, boxes, uc2_sizes.features, device=DEVICE),
+                 "locations": torch.rand(1, boxes, 7, device=DEVICE),
                  "region_mask": torch.ones(1, boxes, dtype=torch.long, device=DEVICE)}
-        return lambda: single_stream.match_scores(single_stream.encode_texts(ids, None), (ids != PAD).long(), single_stream.memory(image))
+        return lambda: single_stream.match_scores(
+            single_stream.encode_texts(ids, None), (ids != PAD).long(), single_stream.memory(image))
 
     def seconds(run):
         run()
@@ -491,7 +533,8 @@ def growth(size, repeat, _):
 
     print(f"\nWhen one quantity doubles, {size}")
     base, rows = seconds(evaluation()), []
-    doubled = {"images (with their questions)": {"images": 2}, "questions per image": {"questions": 4}, "languages": {"languages": 4}, "labels": {"labels": LABELS}}
+    doubled = {"images (with their questions)": {"images": 2}, "questions per image": {"questions": 4},
+               "languages": {"languages": 4}, "labels": {"labels": LABELS}}
     for name, change in doubled.items():
         rows.append({"doubled": name, "time": seconds(evaluation(**change)) / base})
     rows.append({"doubled": "boxes (UC2, 18 to 36)", "time": seconds(score(36)) / seconds(score())})
@@ -500,7 +543,8 @@ def growth(size, repeat, _):
     return {"rows": rows}
 
 
-PARTS = {"training": training, "answers": answers, "ranking": ranking, "pairs": pairs, "strategies": strategies, "growth": growth}
+PARTS = {"training": training, "answers": answers, "ranking": ranking, "pairs": pairs, "strategies": strategies,
+         "growth": growth}
 
 
 def main():

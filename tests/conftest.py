@@ -9,7 +9,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: tiny models gain nothing from a second thread
+# of started processes too: tiny models gain nothing from a second thread, and runs are to be equal bit for bit
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
 
@@ -30,39 +31,52 @@ def deterministic():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder that stands for everything a user brings: data/ (the miniature's world, which trained tests share), tokenizer.model, and cclm.pt and uc2.pt,
-    tiny models with random weights in the official pre-training names, which bring a recipe of few small steps."""
-    import hashlib
+    """A folder that stands for everything a user brings: data/, tokenizer.model, cclm.pt and uc2.pt.
 
+    The data are the miniature's world, which trained tests share.
+    """
     import sentencepiece
 
-    import cclm
     import mini_languages
     import mini_world
-    import uc2
-    from model import file_tensors
 
     folder = tmp_path_factory.mktemp("tiny")
     mini_world.write_world(folder / "data", seed=1)
     (folder / "rules.tsv").write_text(mini_languages.normalization_rules())
+    corpus = mini_world.tokenizer_corpus(3000, mini_world.WORLD_SIZES["small"], 0)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(mini_world.tokenizer_corpus(3000, mini_world.WORLD_SIZES["small"], 0)), model_prefix=str(folder / "tokenizer"),
-        vocab_size=220, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_tsv=str(folder / "rules.tsv"),
-        num_threads=1, minloglevel=2)
-    sha256 = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    recipe = {"epochs": 2, "batch_size": 32, "lr": 1e-3, "suf_k": 1, "image_size": 32, "few_shot_epochs": 2, "few_shot_lrs": [1e-3, 1e-4]}
+        sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=220, character_coverage=1.0,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_tsv=str(folder / "rules.tsv"), num_threads=1,
+        minloglevel=2)
+    save_tiny_checkpoints(folder, folder / "tokenizer.model", mini_world.FEATURE_WIDTH)
+    return folder
+
+
+def save_tiny_checkpoints(folder, tokenizer, feature_width, positions=66):
+    """cclm.pt and uc2.pt: random weights in the official pre-training names, with a recipe of few small steps."""
+    import cclm
+    import data
+    import uc2
+    from model import file_tensors
+
+    tokenizer = data.Tokenizer(tokenizer)
+    words = tokenizer.vocabulary
+    recipe = {"epochs": 2, "batch_size": 32, "lr": 1e-3, "suf_k": 1, "image_size": 32, "few_shot_epochs": 2,
+              "few_shot_lrs": [1e-3, 1e-4]}
     torch.manual_seed(0)
-    cclm_sizes = cclm.Sizes(32, 222, 3, 2, 2, 2, 48, 48, 66, 1, 32, 2, 2, 64, 16, 32, 16, decoder_positions=40)
-    uc2_sizes = uc2.Sizes(32, 222, 4, 2, 48, 66, 2, mini_world.FEATURE_WIDTH, 7)
-    for name, model in (("cclm", cclm.CCLM(cclm_sizes, "pretraining")), ("uc2", uc2.UC2(uc2_sizes, "pretraining"))):
+    cclm_sizes = cclm.Sizes(32, words, 3, 2, 2, 2, 48, 48, positions, 1, 32, 2, 2, 64, 16, 32, 16, decoder_positions=40)
+    uc2_sizes = uc2.Sizes(32, words, 4, 2, 48, positions, 2, feature_width, 7)
+    models = {"cclm": cclm.CCLM(cclm_sizes, "pretraining"), "uc2": uc2.UC2(uc2_sizes, "pretraining")}
+    for name, model in models.items():
         for parameter in model.parameters():  # larger than at initialisation: predictions that depend on the input
             parameter.data += 0.1 * torch.randn_like(parameter)
-        config = model.config() | {"tokenizer_sha256": sha256, "recipe": dict.fromkeys(("xgqa", "xvnli", "xflickrco"), recipe)}
+        config = model.config() | {"tokenizer_sha256": tokenizer.sha256,
+                                   "recipe": dict.fromkeys(("xgqa", "xvnli", "xflickrco"), recipe)}
         torch.save({"model": file_tensors(model), "config": config}, folder / f"{name}.pt")
-    return folder
 
 
 def train_command(tiny, model, task, run, *flags):
     """Command line of a short training run on the tiny files."""
-    return [sys.executable, str(ROOT / "train.py"), "--model", model, "--task", task, "--data", str(tiny / "data"), "--checkpoint", str(tiny / f"{model}.pt"),
-            "--tokenizer", str(tiny / "tokenizer.model"), "--run-dir", str(run), "--limit", "128", "--workers", "0", *map(str, flags)]
+    return [sys.executable, str(ROOT / "train.py"), "--model", model, "--task", task, "--data", str(tiny / "data"),
+            "--checkpoint", str(tiny / f"{model}.pt"), "--tokenizer", str(tiny / "tokenizer.model"),
+            "--run-dir", str(run), "--limit", "128", "--workers", "0", *map(str, flags)]

@@ -1,4 +1,5 @@
-"""analysis.py and reproduce.py on small real runs of train.py, and their statistics against numbers worked out by hand."""
+"""analysis.py and reproduce.py on small real runs of train.py, and their statistics against numbers worked out by hand.
+"""
 
 import csv
 import json
@@ -43,8 +44,10 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-RUNS = [("cclm", "xgqa", ["--eval-every-epoch", "--save-epochs"], 2), ("cclm", "xgqa", ["--suf", "--eval-every-epoch"], 2),
-        ("cclm", "xgqa", ["--lr-decay", "0.88"], 1), ("uc2", "xvnli", ["--eval-every-epoch", "--save-epochs"], 1), ("uc2", "xflickrco", [], 1),
+RUNS = [("cclm", "xgqa", ["--eval-every-epoch", "--save-epochs"], 2),
+        ("cclm", "xgqa", ["--suf", "--eval-every-epoch"], 2),
+        ("cclm", "xgqa", ["--lr-decay", "0.88"], 1), ("uc2", "xvnli", ["--eval-every-epoch", "--save-epochs"], 1),
+        ("uc2", "xflickrco", [], 1),
         ("uc2", "xgqa", [], 1), ("uc2", "xgqa", ["--suf"], 1)]
 
 
@@ -61,8 +64,10 @@ def signals():
 def small(tiny, tmp_path_factory):
     """The files of `tiny` with a smaller world: 40 questions, statements or captions per language to test."""
     folder = tmp_path_factory.mktemp("small")
-    mini_world.WORLD_SIZES["tiny"] = mini_world.WorldSize(gqa_train=12, gqa_valid=4, gqa_dev=6, gqa_test=10, shot_questions=1, xvnli_train=12,
-                                                          xvnli_dev=4, xvnli_test=10, flickr_train=24, flickr_valid=4, xflickrco_test=8)
+    mini_world.WORLD_SIZES["tiny"] = mini_world.WorldSize(gqa_train=12, gqa_valid=4, gqa_dev=6, gqa_test=10,
+                                                          shot_questions=1, xvnli_train=12,
+                                                          xvnli_dev=4, xvnli_test=10, flickr_train=24, flickr_valid=4,
+                                                          xflickrco_test=8)
     mini_world.write_world(folder / "data", seed=1, size="tiny")
     for name in ("cclm.pt", "uc2.pt", "tokenizer.model"):
         (folder / name).symlink_to(tiny / name)
@@ -76,15 +81,20 @@ def runs(small, tmp_path_factory):
     for model, task, flags, seeds in RUNS:
         for seed in range(seeds):
             name = recipes.strategy_name(recipes.parse_args(["--model", model, "--task", task, *flags], None))
-            train.main(train_command(small, model, task, folder / f"{model}-{task}-{name}-seed{seed}", *flags, "--seed", seed)[2:])
+            train.main(train_command(small, model, task, folder / f"{model}-{task}-{name}-seed{seed}", *flags,
+                                     "--seed", seed)[2:])
     for strategy in ("standard", "suf"):
-        train.main(["--few-shot", "de", "--shots", "48", "--init", str(folder / f"uc2-xgqa-{strategy}-seed0"), "--workers", "0"])
+        train.main(["--few-shot", "de", "--shots", "48", "--init", str(folder / f"uc2-xgqa-{strategy}-seed0"),
+                    "--workers", "0"])
     return folder
 
 
 @pytest.fixture
 def edited(runs, tmp_path):
-    """Function: a copy of some runs in which the accuracies are the given ones. numbers: {run: [(English, every other language) per epoch]}."""
+    """Function: a copy of some runs in which the accuracies are the given ones.
+
+    numbers: {run: [(English, every other language) per epoch]}.
+    """
 
     def edit(numbers):
         for name, epochs in numbers.items():
@@ -145,26 +155,32 @@ def test_accuracy_at_a_given_english():
 
 
 def test_bootstrap():
-    """Two images, one with two items that both got better, one with one that did not: drawn twice, once or never, the better one gives 100, 200/3 or 0."""
+    """Two images, one with two items that both got better, one with one that did not: drawn twice, once or
+    never, the better one gives 100, 200/3 or 0.
+    """
     outcomes = [(np.array([0, 0, 1]), np.array([1.0, 1.0, 0.0]))]
     low, high = evaluation.paired_bootstrap(outcomes, 4000)
     assert (low[0], high[0]) == (0.0, 100.0)
     many = [(np.arange(1000), np.array([1.0] * 300 + [0.0] * 700))]  # 30 points, standard error sqrt(0.3 * 0.7 / 1000)
     low, high = evaluation.paired_bootstrap(many, 4000)
     assert (low[0], high[0]) == pytest.approx((30 - 1.96 * 1.449, 30 + 1.96 * 1.449), abs=0.25)
-    low, high = evaluation.paired_bootstrap([*many, (np.arange(1000), np.full(1000, -1.0))], 4000, [0, 1])  # and a language that always loses: the mean
+    # and a language that always loses: the mean
+    low, high = evaluation.paired_bootstrap([*many, (np.arange(1000), np.full(1000, -1.0))], 4000, [0, 1])
     assert (low, high) == pytest.approx((-35 - 1.96 * 1.449 / 2, -35 + 1.96 * 1.449 / 2), abs=0.15)
 
 
 def test_similarities():
     vectors = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])  # two languages, two items
     assert probe.similarity(vectors).tolist() == [[1.0, 0.5], [0.5, 1.0]]
-    assert probe.unpaired(vectors) == pytest.approx(0.75 * 0 + 0.25 + 0.25, abs=0.01)  # en-en 0, en-de 1/2, de-en 1/2, de-de 1
+    # en-en 0, en-de 1/2, de-en 1/2, de-de 1
+    assert probe.unpaired(vectors) == pytest.approx(0.75 * 0 + 0.25 + 0.25, abs=0.01)
     assert probe.unpaired(vectors) == probe.unpaired(vectors)
 
 
 def test_paper_numbers():
-    """Every row's mean is the printed one, but for the two that a footnote or rounding explains; alignment and accuracy correlate as section 5.1 says."""
+    """Every row's mean is the printed one, but for the two that a footnote or rounding explains; alignment
+    and accuracy correlate as section 5.1 says.
+    """
     for model, strategy, task, metric in analysis.PAPER:
         row = analysis.paper(model, strategy, task, metric)
         others = [number for language, number in row.items() if language not in ("en", "others")]
@@ -189,7 +205,8 @@ def test_tables(runs, edited, tmp_path, capsys):
         a, b = (scores[language]["accuracy"] for scores in numbers)
         assert float(row[language]) == pytest.approx((a + b) / 2) and row[f"{language} n"] == "2"
         assert float(row[f"{language} sd"]) == pytest.approx(abs(a - b) / math.sqrt(2))
-    assert float(row_of(tmp_path / "table1.csv", name="CCLM, standard")["xGQA others"]) == pytest.approx(float(row["others"]))
+    assert float(
+        row_of(tmp_path / "table1.csv", name="CCLM, standard")["xGQA others"]) == pytest.approx(float(row["others"]))
     # these runs are not on the miniature: the paper's numbers are beside them
     assert row_of(tmp_path / "table1.csv", name="UC2, standard: paper")["XVNLI others"] == "61.7"
     assert row_of(tmp_path / "table4.csv", name="UC2, standard: paper")["others"] == "61.9"
@@ -205,26 +222,35 @@ def test_tables(runs, edited, tmp_path, capsys):
 
 
 def test_curves_and_equal_english(edited, tmp_path):
-    """At seed 0 both arms are compared where English is 60: standard is half-way between 44 and 40, SUF at its end. At seed 1 at 50."""
+    """At seed 0 both arms are compared where English is 60: standard is half-way between 44 and 40, SUF at its end.
+
+    At seed 1 at 50.
+    """
     folder = edited({"cclm-xgqa-standard-seed0": [(50, 44), (70, 40)], "cclm-xgqa-suf-seed0": [(40, 42), (60, 52)],
-                     "cclm-xgqa-standard-seed1": [(30, 30), (50, 32)], "cclm-xgqa-suf-seed1": [(40, 40), (60, 44)], "cclm-xgqa-decay0.88-seed0": [(60, 30)]})
+                     "cclm-xgqa-standard-seed1": [(30, 30), (50, 32)], "cclm-xgqa-suf-seed1": [(40, 40), (60, 44)],
+                     "cclm-xgqa-decay0.88-seed0": [(60, 30)]})
     analyse("curves", folder, "--out", tmp_path)
     path = tmp_path / "curves-cclm-xgqa-accuracy.csv"
     assert [row["epoch"] for row in rows_of(path)] == ["1", "2"] * 2  # without the arm that was tested at the end only
-    assert float(row_of(path, name="SUF", epoch=1)["de"]) == 41 and float(row_of(path, name="standard", epoch=2)["en"]) == 60
+    assert float(row_of(path, name="SUF", epoch=1)["de"]) == 41
+    assert float(row_of(path, name="standard", epoch=2)["en"]) == 60
     row = row_of(tmp_path / "equal-english-cclm-xgqa-accuracy.csv", name="SUF")
-    assert (float(row["English"]), float(row["standard there"]), float(row["it there"])) == pytest.approx(((60 + 50) / 2, (42 + 32) / 2, (52 + 42) / 2))
-    assert float(row["difference"]) == pytest.approx(10) and float(row["difference after the last epoch"]) == pytest.approx(12)
+    assert (float(row["English"]), float(row["standard there"]),
+            float(row["it there"])) == pytest.approx(((60 + 50) / 2, (42 + 32) / 2, (52 + 42) / 2))
+    assert float(row["difference"]) == pytest.approx(10)
+    assert float(row["difference after the last epoch"]) == pytest.approx(12)
 
 
 def test_types(runs, tmp_path):
     analyse("types", runs, "--out", tmp_path)
-    [first] = [entry for entry in map(json.loads, (runs / "uc2-xvnli-standard-seed0" / "log.jsonl").read_text().splitlines()) if entry.get("epoch") == 1 and "languages" in entry]
+    log = map(json.loads, (runs / "uc2-xvnli-standard-seed0" / "log.jsonl").read_text().splitlines())
+    [first] = [entry for entry in log if entry.get("epoch") == 1 and "languages" in entry]
     row = row_of(tmp_path / "types-uc2-xvnli.csv", name="standard", epoch=1, languages="others")
     others = [first["languages"][language]["by_type"] for language in ("ar", "es", "fr", "ru")]
     for name in ("contradiction", "entailment", "neutral"):
         assert float(row[name]) == pytest.approx(np.mean([scores[name]["accuracy"] for scores in others]))
-    assert {row["epoch"] for row in rows_of(tmp_path / "types-cclm-xgqa.csv") if row[""] == "layer-wise decay 0.88"} == {"2"}
+    assert {row["epoch"] for row in rows_of(tmp_path / "types-cclm-xgqa.csv")
+            if row[""] == "layer-wise decay 0.88"} == {"2"}
 
 
 @torch.inference_mode()
@@ -244,9 +270,11 @@ def test_alignment(runs, tmp_path):
             states.append(model.fuse(model.encode_texts(input_ids, mask), mask, memory)[0, 0])
         cosines.append(torch.cosine_similarity(*states, dim=0).item())
     row = row_of(tmp_path / "alignment-uc2-xvnli-standard.csv", name="fr")
-    assert float(row["en"]) == pytest.approx(100 * np.mean(cosines), abs=1e-3) and float(row["fr"]) == pytest.approx(100, abs=1e-3)
+    assert float(row["en"]) == pytest.approx(100 * np.mean(cosines), abs=1e-3)
+    assert float(row["fr"]) == pytest.approx(100, abs=1e-3)
     analyse("alignment", run, "--out", tmp_path / "first", "--epoch", 1)
-    assert float(row_of(tmp_path / "first" / "alignment-uc2-xvnli-standard.csv", name="fr")["en"]) != pytest.approx(float(row["en"]), abs=1e-5)
+    assert float(row_of(tmp_path / "first" / "alignment-uc2-xvnli-standard.csv", name="fr")["en"]) != pytest.approx(
+        float(row["en"]), abs=1e-5)
 
 
 def test_fewshot(runs, tmp_path, monkeypatch):
@@ -254,21 +282,26 @@ def test_fewshot(runs, tmp_path, monkeypatch):
     analyse("fewshot", runs)
     for strategy, printed in (("standard", "44.3"), ("SUF", "46.7")):
         folder = f"uc2-xgqa-{strategy.lower()}-seed0"
-        before, after = (read(runs / name / "results.json")["languages"]["de"]["accuracy"] for name in (folder, f"{folder}-de48"))
+        before, after = (read(runs / name / "results.json")["languages"]["de"]["accuracy"]
+                         for name in (folder, f"{folder}-de48"))
         row = row_of("report/fewshot-uc2-xgqa-48.csv", name=strategy)
         assert (float(row["zero-shot"]), float(row["few-shot"])) == (before, after)
         assert row_of("report/fewshot-uc2-xgqa-48.csv", name=f"{strategy}: paper")["few-shot"] == printed
 
 
 def test_strategies(runs, small, edited, tmp_path, capsys):
-    """Numbers and differences by hand; the post-hoc rivals against weights put together here; drift against the files' tensors."""
-    numbers = {"cclm-xgqa-standard-seed0": [(0, 0), (62, 40)], "cclm-xgqa-standard-seed1": [(0, 0), (60, 44)], "cclm-xgqa-suf-seed0": [(0, 0), (61, 50)],
+    """Numbers and differences by hand; the post-hoc rivals against weights put together
+    here; drift against the files' tensors.
+    """
+    numbers = {"cclm-xgqa-standard-seed0": [(0, 0), (62, 40)], "cclm-xgqa-standard-seed1": [(0, 0), (60, 44)],
+               "cclm-xgqa-suf-seed0": [(0, 0), (61, 50)],
                "cclm-xgqa-suf-seed1": [(0, 0), (61, 51)], "cclm-xgqa-decay0.88-seed0": [(59, 45)]}
     folder = edited(numbers)
     analyse("strategies", folder, "--out", tmp_path)
     difference = row_of(tmp_path / "differences-cclm-xgqa-accuracy.csv", name="SUF - standard")
     half = 12.706 * math.sqrt(4.5) / math.sqrt(2)  # differences 10 and 7
-    assert (float(difference["others"]), float(difference["others low"]), float(difference["others high"])) == pytest.approx((8.5, 8.5 - half, 8.5 + half))
+    assert (float(difference["others"]), float(difference["others low"]),
+            float(difference["others high"])) == pytest.approx((8.5, 8.5 - half, 8.5 + half))
     assert (float(difference["en"]), difference["seeds above"], difference["sign test p"]) == (0.0, "2 of 2", "0.50")
     decay = row_of(tmp_path / "differences-cclm-xgqa-accuracy.csv", name="layer-wise decay 0.88 - SUF")
     assert (decay["others"], decay["others n"], decay["others low"]) == ("-5.0", "1", "")
@@ -276,7 +309,8 @@ def test_strategies(runs, small, edited, tmp_path, capsys):
     run = folder / "cclm-xgqa-standard-seed0"
     found, (args, recipe) = read(run / "post_hoc.json"), evaluation.read_run(run)
     device, layers = torch.device("cpu"), 5
-    assert set(found) == {"complete", "average 2"} | {f"{kind} {n}" for kind in ("dev", "reverted") for n in range(layers + 1)} - {"reverted 0"}
+    assert set(found) == {"complete", "average 2"} | {f"{kind} {n}" for kind in ("dev", "reverted")
+                                                      for n in range(layers + 1)} - {"reverted 0"}
     model, tokenizer, labels, _, _ = evaluation.load_run(run, device)
     test = evaluation.load_split(args, recipe, tokenizer, labels, "test")
     pretrained = read_checkpoint(small / "cclm.pt")[0]
@@ -285,7 +319,8 @@ def test_strategies(runs, small, edited, tmp_path, capsys):
         if name.startswith(("text_layers.0.", "text_layers.1.")):
             parameter.data.copy_(pretrained[names[name]])
     assert evaluation.evaluate(model, test, device)[0] == found["reverted 2"]
-    assert evaluation.evaluate(model, evaluation.load_split(args, recipe, tokenizer, labels, "dev", ["en"]), device)[0] == found["dev 2"]
+    assert evaluation.evaluate(model, evaluation.load_split(args, recipe, tokenizer, labels, "dev", ["en"]),
+                               device)[0] == found["dev 2"]
     epochs = [dict(evaluation.load_run(run, device, epoch)[0].named_parameters()) for epoch in (1, 2)]
     for name, parameter in model.named_parameters():
         parameter.data.copy_((epochs[0][name] + epochs[1][name]) / 2)
@@ -299,20 +334,24 @@ def test_strategies(runs, small, edited, tmp_path, capsys):
 
     tuned = read_checkpoint(run / "model.pt")[0]
     layer = [name for name in tuned if name.startswith("text_encoder.encoder.layer.1.")]
-    change = math.sqrt(sum((tuned[name] - pretrained[name]).square().sum().item() for name in layer) / sum(pretrained[name].square().sum().item() for name in layer))
+    change = math.sqrt(sum((tuned[name] - pretrained[name]).square().sum().item()
+                           for name in layer) / sum(pretrained[name].square().sum().item() for name in layer))
     assert probe.drift(run)["2"] == pytest.approx(100 * change, rel=1e-5)
     drift = row_of(tmp_path / "drift-cclm-xgqa.csv", name="SUF")  # two epochs of one layer each: the other three stayed
-    assert [float(drift[str(n)]) for n in (1, 2, 3)] == [0, 0, 0] and min(float(drift[name]) for name in ("4", "5", "embeddings", "vision")) > 0
+    assert [float(drift[str(n)]) for n in (1, 2, 3)] == [0, 0, 0]
+    assert min(float(drift[name]) for name in ("4", "5", "embeddings", "vision")) > 0
     cost = {row[""]: row for row in rows_of(tmp_path / "cost-cclm-xgqa.csv")}
     state = torch.load(run / "last.pt", weights_only=True)["optimizer"]["state"]
-    assert float(cost["standard"]["optimizer MB"]) == pytest.approx(sum(tensor.nbytes for part in state.values() for tensor in part.values()) / 1e6)
+    assert float(cost["standard"]["optimizer MB"]) == pytest.approx(
+        sum(tensor.nbytes for part in state.values() for tensor in part.values()) / 1e6)
     assert float(cost["SUF"]["optimizer MB, % of standard"]) < 100
     again = (run / "post_hoc.json").stat().st_mtime_ns
     assert probe.post_hoc(run) == found and (run / "post_hoc.json").stat().st_mtime_ns == again
 
 
 def test_most_layers_that_can_be_reverted():
-    found = {f"dev {n}": {"en": {"accuracy": accuracy}} for n, accuracy in enumerate([60.0, 58.0, 59.5, 59.0, 40.0])} | {"complete": True}
+    found = {f"dev {n}": {"en": {"accuracy": accuracy}}
+             for n, accuracy in enumerate([60.0, 58.0, 59.5, 59.0, 40.0])} | {"complete": True}
     assert analysis.most_reverted(found, "xgqa") == 3
 
 
@@ -321,7 +360,10 @@ def test_pictures(runs, tmp_path, capsys):
     analyse("types", runs / "cclm-xgqa-suf-seed0", "--out", tmp_path)
     assert (tmp_path / "types-cclm-xgqa.csv").is_file()
     picture, said = tmp_path / "types-cclm-xgqa.png", capsys.readouterr().out
-    assert picture.read_bytes().startswith(b"\x89PNG") if picture.is_file() else f"no {picture}: matplotlib is not installed" in said
+    if picture.is_file():
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    else:
+        assert f"no {picture}: matplotlib is not installed" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +377,8 @@ def test_runs_that_cannot_be_used(runs, edited, tmp_path, capsys):
     assert "same strategy and seed" in refused(capsys, "tables", run, runs / run.name)
     assert "--eval-every-epoch" in refused(capsys, "curves", runs / "cclm-xgqa-decay0.88-seed0")
     assert "epoch7.pt: no such weights" in refused(capsys, "alignment", run, "--epoch", 7)
-    assert "translations exist for xgqa and xvnli" in refused(capsys, "alignment", runs / "uc2-xflickrco-standard-seed0")
+    assert "translations exist for xgqa and xvnli" in refused(capsys, "alignment",
+                                                              runs / "uc2-xflickrco-standard-seed0")
     assert "give runs on xgqa or xvnli" in refused(capsys, "types", runs / "uc2-xflickrco-standard-seed0")
     assert "none of these runs is a few-shot run" in refused(capsys, "fewshot", run)
     assert "none of these runs is one on English" in refused(capsys, "tables", runs / "uc2-xgqa-suf-seed0-de48")
@@ -366,38 +409,49 @@ def arm(strategy, *values):
     """Runs of seeds 0, 1, … with these (English, others)."""
     args, recipe = SimpleNamespace(task="xgqa", model="cclm"), SimpleNamespace(epochs=5)
     results = [{"en": {"accuracy": english}, "de": {"accuracy": others}} for english, others in values]
-    return {seed: analysis.Run("", args, recipe, strategy, result, {5: result}, {}) for seed, result in enumerate(results)}
+    return {seed: analysis.Run("", args, recipe, strategy, result, {5: result}, {})
+            for seed, result in enumerate(results)}
 
 
 def said(**arms):
-    return "\n".join(reproduce.findings("cclm", "xgqa", {strategy.replace("_", "-"): arm(strategy, *values) for strategy, values in arms.items()}))
+    return "\n".join(reproduce.findings(
+        "cclm", "xgqa", {strategy.replace("_", "-"): arm(strategy, *values) for strategy, values in arms.items()}))
 
 
 def test_the_report_says_what_the_numbers_say():
-    standard, better = [(60, 40), (61, 41), (59, 39)], [(60, 50), (60, 50.5), (60, 49.5)]  # differences 10, 9.5, 10.5 and 0, -1, 1
+    # differences 10, 9.5, 10.5 and 0, -1, 1
+    standard, better = [(60, 40), (61, 41), (59, 39)], [(60, 50), (60, 50.5), (60, 49.5)]
     text = said(standard=standard, suf=better)
     assert "SUF is 10.0 points above on the mean of the other languages (95 % interval +8.8 to +11.2, 3 seeds)" in text
     assert "no difference was shown on English: +0.0" in text and "against SUF" not in text
     assert "SUF is 10.0 points below on the mean of the other languages" in said(standard=better, suf=standard)
-    assert "SUF +10.0 on the mean of the other languages (one seed: this shows nothing about others)" in said(standard=standard[:1], suf=better[:1])
+    assert "SUF +10.0 on the mean of the other languages (one seed: this shows nothing about others)" in said(
+        standard=standard[:1], suf=better[:1])
     assert "no finished seed in common" in said(standard=standard)
 
-    rivals = {"suf_bottom_up": [(60, 45), (60, 45.5), (60, 44.5)], "average_all": [(57, 50), (57, 50), (57, 50)], "decay0.75": [(60, 50)]}
+    rivals = {"suf_bottom_up": [(60, 45), (60, 45.5), (60, 44.5)], "average_all": [(57, 50), (57, 50), (57, 50)],
+              "decay0.75": [(60, 50)]}
     text = said(standard=standard, suf=better, **rivals)
-    assert "SUF, bottom up, against SUF: it is 5.0 points below on the mean of the other languages" in text and "it has 50 % of SUF's gain" in text
+    assert "SUF, bottom up, against SUF: it is 5.0 points below on the mean of the other languages" in text
+    assert "it has 50 % of SUF's gain" in text
     assert "Below SUF: SUF, bottom up." in text and "Undecided: layer-wise decay 0.75." in text
-    assert "its gain away): standard, mean of all epochs, but at -3.0 in English (this would speak for averaging weights" in text
+    assert ("its gain away): standard, mean of all epochs, but at -3.0 in English "
+            "(this would speak for averaging weights") in text
     text = said(standard=standard, suf=standard, **rivals)  # nothing to explain
     assert "No gain of SUF was shown here" in text and "speak for" not in text
 
 
 def reproduce_command(small, folder, *flags):
-    return ["reproduce", "--model", "cclm", "--task", "xgqa", "--data", str(small / "data"), "--checkpoint", str(small / "cclm.pt"),
-            "--tokenizer", str(small / "tokenizer.model"), "--runs", str(folder), "--report", str(folder / "report"), *flags, "--", "--limit", "128"]
+    return ["reproduce", "--model", "cclm", "--task", "xgqa", "--data", str(small / "data"), "--checkpoint",
+            str(small / "cclm.pt"),
+            "--tokenizer", str(small / "tokenizer.model"), "--runs", str(folder), "--report", str(folder / "report"),
+            *flags, "--", "--limit", "128"]
 
 
 def test_reproduce(runs, small, tmp_path, capsys):
-    """A finished run is left alone, an interrupted one goes on, one that fails is told and does not stop the others; then the report."""
+    """A finished run is left alone, an interrupted one goes on, one that fails is told and does
+    not stop the others; then the report.
+    """
     for name in ("standard", "suf", "decay0.88"):
         shutil.copytree(runs / f"cclm-xgqa-{name}-seed0", tmp_path / f"cclm-xgqa-{name}-seed0")
     finished = (tmp_path / "cclm-xgqa-standard-seed0" / "results.json").stat().st_mtime_ns
@@ -405,15 +459,18 @@ def test_reproduce(runs, small, tmp_path, capsys):
     (tmp_path / "cclm-xgqa-decay0.88-seed0" / "results.json").unlink()
     (tmp_path / "cclm-xgqa-decay0.88-seed0" / "last.pt").write_bytes(b"broken")
     with pytest.raises(SystemExit) as end:
-        analyse(*reproduce_command(small, tmp_path, "--seeds", "1", "--strategies", "decay0.88,standard,suf", "--jobs", "1"))
+        analyse(*reproduce_command(small, tmp_path, "--seeds", "1", "--strategies", "decay0.88,standard,suf",
+                                   "--jobs", "1"))
     done = capsys.readouterr()
     assert end.value.code == 1, done.err
     assert "2 of 3 runs to do, 1 at a time" in done.out and "cclm-xgqa-suf-seed0: done" in done.out
     assert "failed: " in done.err.splitlines()[-1] and "last.pt: not a readable state" in done.err.splitlines()[-1]
     assert (tmp_path / "cclm-xgqa-standard-seed0" / "results.json").stat().st_mtime_ns == finished
-    assert read(tmp_path / "cclm-xgqa-suf-seed0" / "results.json") == read(runs / "cclm-xgqa-suf-seed0" / "results.json")
+    assert read(
+        tmp_path / "cclm-xgqa-suf-seed0" / "results.json") == read(runs / "cclm-xgqa-suf-seed0" / "results.json")
     report = (tmp_path / "report" / "report.md").read_text()
-    for words in ("(one seed: this shows nothing about others)", "last.pt: not a readable state", "## Strategies", "standard, lower layers reverted", "## Per epoch",
+    for words in ("(one seed: this shows nothing about others)", "last.pt: not a readable state", "## Strategies",
+                  "standard, lower layers reverted", "## Per epoch",
                   "## Question types", "## Alignment", "CCLM, standard: paper", "What this does not show"):
         assert words in report
     assert "layer-wise decay" not in report
@@ -426,13 +483,16 @@ def test_dry_run(runs, small, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"finished      {runs}/cclm-xgqa-standard-seed0"
     missing = [line for line in lines if line.startswith("missing ") and " about " in line]
-    names = ["standard", "suf", "decay0.98", "decay0.95", "decay0.88", "decay0.75", "top2", "suf-bottom-up", "suf-random", "suf-fisher", "suf-frozen-embeddings"]
-    assert [line.split()[1].split("cclm-xgqa-")[1] for line in lines[:-1]] == [f"{name}-seed{seed}" for name in names for seed in (0, 1)]
+    names = ["standard", "suf", "decay0.98", "decay0.95", "decay0.88", "decay0.75", "top2", "suf-bottom-up",
+             "suf-random", "suf-fisher", "suf-frozen-embeddings"]
+    assert [line.split()[1].split("cclm-xgqa-")[1] for line in lines[:-1]] == [f"{name}-seed{seed}" for name in names
+                                                                               for seed in (0, 1)]
     assert len(missing) == 17 and lines[-1].startswith("17 of 22 runs to do, ")
 
 
 def test_reproduce_stops_and_goes_on(small, tmp_path):
-    command = [sys.executable, "-u", str(ROOT / "analysis.py"), *reproduce_command(small, tmp_path, "--seeds", "1", "--strategies", "suf", "--jobs", "1")]
+    command = [sys.executable, "-u", str(ROOT / "analysis.py"),
+               *reproduce_command(small, tmp_path, "--seeds", "1", "--strategies", "suf", "--jobs", "1")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "1 of 1 runs to do" in process.stdout.readline()
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,6 @@
-"""CCLM at full size and at none: official files by name and shape, what is refused, one training step at 384x384, answers through the trie."""
+"""CCLM at full size and at none: official files by name and shape, what is refused, one training
+step at 384x384, answers through the trie.
+"""
 
 import json
 import os
@@ -14,15 +16,21 @@ from model import check_file, file_shapes, file_tensors, read_checkpoint
 MANIFEST = json.loads((ROOT / "tests" / "golden" / "cclm_base_manifest.json").read_text())
 UC2_NAMES = json.loads((ROOT / "tests" / "golden" / "uc2_base_manifest.json").read_text())["volta_pretrained"]
 TASK_MODELS = {"xgqa": "vqa_model", "xvnli": "classification_model", "xflickrco": "retrieval_model"}
-SMALL = cclm.Sizes(width=16, vocabulary=50, text_layers=3, cross_layers=2, text_heads=2, cross_heads=2, text_feed_forward=24, cross_feed_forward=20,
-                   text_positions=30, text_types=1, vision_width=16, vision_layers=2, vision_heads=2, vision_feed_forward=32, patch_size=8, image_size=24,
+SMALL = cclm.Sizes(width=16, vocabulary=50, text_layers=3, cross_layers=2, text_heads=2, cross_heads=2,
+                   text_feed_forward=24, cross_feed_forward=20,
+                   text_positions=30, text_types=1, vision_width=16, vision_layers=2, vision_heads=2,
+                   vision_feed_forward=32, patch_size=8, image_size=24,
                    embed_dim=6, decoder_positions=12)
 
 
 @pytest.fixture(scope="module")
 def official():
-    """A file with every name and shape of cclm_x2vlm_base.th. A tensor is one number, another for each, seen at full size: it takes no memory."""
-    tensors = {name: torch.tensor(0.001 * (i % 7 + 1)).expand(shape) for i, (name, shape) in enumerate(MANIFEST["pretrain_checkpoint"].items())}
+    """A file with every name and shape of cclm_x2vlm_base.th.
+
+    A tensor is one number, another for each, seen at full size: it takes no memory.
+    """
+    tensors = {name: torch.tensor(0.001 * (i % 7 + 1)).expand(shape)
+               for i, (name, shape) in enumerate(MANIFEST["pretrain_checkpoint"].items())}
     return tensors | {"mlm_head.predictions.decoder.bias": tensors["mlm_head.predictions.bias"]}
 
 
@@ -43,17 +51,21 @@ def test_sizes_are_read_from_the_file(official):
 
 @pytest.mark.parametrize("task", TASK_MODELS)
 def test_official_file_gives_the_official_model(task, official):
-    """The manifest's checkpoint loads, and what we would save has exactly the reference model's names and shapes, buffers and aliases included."""
+    """The manifest's checkpoint loads, and what we would save has exactly the reference model's names
+    and shapes, buffers and aliases included.
+    """
     with torch.device("meta"):  # names and shapes only
         model = cclm.from_pretrained(official, {}, task, 384, "file")
         constants = model.constants()
     expected = {name: tuple(shape) for name, shape in MANIFEST[TASK_MODELS[task]].items()}
     assert file_shapes(model) | {name: tuple(tensor.shape) for name, tensor in constants.items()} == expected
     missing = {name for name in model.checkpoint_names().values() if name not in official}
-    new = {"xgqa": lambda name: name.startswith("text_decoder."), "xvnli": lambda name: name.startswith("cls_head."), "xflickrco": lambda name: False}[task]
+    new = {"xgqa": lambda name: name.startswith("text_decoder."), "xvnli": lambda name: name.startswith("cls_head."),
+           "xflickrco": lambda name: False}[task]
     assert missing == {name for name in expected if new(name)} - constants.keys() - model.aliases().keys()
     unused = {name.split(".")[0] for name in official if name not in expected and name not in constants}
-    assert unused == {"mlm_head", "bbox_head"} | ({"temp", "vision_proj", "text_proj", "itm_head"} if task != "xflickrco" else set())
+    assert unused == {"mlm_head", "bbox_head"} | ({"temp", "vision_proj", "text_proj", "itm_head"}
+                                                  if task != "xflickrco" else set())
     assert len(model.layers) == 18
 
 
@@ -69,28 +81,28 @@ def test_groups_of_parameters_are_the_references(official):
             assert (model.group_of(name) == "vision") == (group["lr"] == "vision_lr"), official_name
 
 
-@pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12e9, reason="needs 12 GB of free memory")
+@pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12e9,
+                    reason="needs 12 GB of free memory")
 def test_full_size_step_and_evaluation(official):
     """At base size, 384x384, random weights: one training step and one evaluation batch on a CPU."""
     torch.manual_seed(0)
-    tensors = {name: torch.empty(tensor.shape).uniform_(-0.03, 0.03) if tensor.dim() > 1 else tensor for name, tensor in official.items()
-               if not name.endswith(("position_index", "position_ids")) and name not in ("mlm_head.predictions.decoder.weight",)}
-    tensors["mlm_head.predictions.decoder.weight"] = official["mlm_head.predictions.decoder.weight"]
+    # the largest matrix; the others begin with the same numbers
+    noise = torch.empty(250002 * 768).uniform_(-0.03, 0.03)
+    tensors = {name: noise[: tensor.numel()].view(tensor.shape) if tensor.dim() > 1 else tensor
+               for name, tensor in official.items() if not name.endswith(("position_index", "position_ids"))}
     model = cclm.from_pretrained(tensors, {}, "xgqa", 384, "file")
-    del tensors
+    del tensors, noise
     assert sum(parameter.numel() for parameter in model.parameters()) == 670_089_426
-    batch = {"images": torch.randint(256, (1, 3, 384, 384), dtype=torch.uint8), "input_ids": torch.tensor([[0, 100, 2000, 30000, 2]]),
-             "attention_mask": torch.ones(1, 5, dtype=torch.long), "answer_ids": torch.tensor([[0, 4000, 2]]), "answer_question": torch.tensor([0]),
+    batch = {"images": torch.randint(256, (1, 3, 384, 384), dtype=torch.uint8),
+             "input_ids": torch.tensor([[0, 100, 2000, 30000, 2]]),
+             "attention_mask": torch.ones(1, 5, dtype=torch.long), "answer_ids": torch.tensor([[0, 4000, 2]]),
+             "answer_question": torch.tensor([0]),
              "answer_weight": torch.tensor([1.0])}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    losses = []
-    for _ in range(2):
-        loss = model(batch)
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert all(loss == loss and 0 < loss < 100 for loss in losses)
+    loss = model(batch)
+    assert 0 < loss.item() < 100
+    loss.backward()
+    optimizer.step()
     model.eval()
     model.set_answers([[4000], [5, 6], [7]])
     with torch.inference_mode():
@@ -103,11 +115,15 @@ def test_full_size_step_and_evaluation(official):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("cross_encoder.encoder.layer.1.output.dense.bias"), "file: tensor 'cross_encoder.encoder.layer.1.output.dense.bias' is missing"),
+    (lambda t: t.pop("cross_encoder.encoder.layer.1.output.dense.bias"),
+     "file: tensor 'cross_encoder.encoder.layer.1.output.dense.bias' is missing"),
     (lambda t: t.pop("bbox_head.0.weight"), "file: tensor 'bbox_head.0.weight' is missing"),
-    (lambda t: t.update({"text_encoder.pooler.dense.weight": torch.zeros(1)}), "file: unknown tensor 'text_encoder.pooler.dense.weight'"),
-    (lambda t: t.update({"text_proj.bias": torch.zeros(7)}), "file: tensor 'text_proj.bias' has shape [7], expected [6]"),
-    (lambda t: t.pop("vision_encoder.patch_embed.proj.weight"), "file: not a CCLM checkpoint (no tensor 'vision_encoder.patch_embed.proj.weight')"),
+    (lambda t: t.update({"text_encoder.pooler.dense.weight": torch.zeros(1)}),
+     "file: unknown tensor 'text_encoder.pooler.dense.weight'"),
+    (lambda t: t.update({"text_proj.bias": torch.zeros(7)}),
+     "file: tensor 'text_proj.bias' has shape [7], expected [6]"),
+    (lambda t: t.pop("vision_encoder.patch_embed.proj.weight"),
+     "file: not a CCLM checkpoint (no tensor 'vision_encoder.patch_embed.proj.weight')"),
 ])
 @pytest.mark.parametrize("task", TASK_MODELS)
 def test_other_files_are_refused(change, message, task):
@@ -125,10 +141,12 @@ def test_another_models_file_is_refused():
 
 def test_buffers_may_be_there_or_not():
     tensors, config = small_file()
-    without = {name: tensor for name, tensor in tensors.items() if not name.endswith(("position_index", "position_ids"))}
+    without = {name: tensor for name, tensor in tensors.items()
+               if not name.endswith(("position_index", "position_ids"))}
     assert len(without) < len(tensors)
     first, second = (cclm.from_pretrained(t, config, "xvnli", 40, "file") for t in (tensors, without))
-    assert all(torch.equal(a, b) for (name, a), b in zip(first.named_parameters(), second.parameters()) if not name.startswith("cls_head"))
+    assert all(torch.equal(a, b) for (name, a), b in zip(first.named_parameters(), second.parameters())
+               if not name.startswith("cls_head"))
 
 
 @pytest.mark.parametrize("task", TASK_MODELS)
@@ -171,7 +189,8 @@ def test_trie_equals_brute_force(sharpness):
     model.decoder.embeddings.word.weight.data.mul_(sharpness * 20)
     generator = torch.Generator().manual_seed(2)
     answers = [[4], [4, 5], [4, 5, 6], [5], [6, 4], [6, 4, 7, 8, 9, 10]]
-    answers += [torch.randint(4, 50, (int(n),), generator=generator).tolist() for n in torch.randint(1, 5, (60,), generator=generator)]
+    answers += [torch.randint(4, 50, (int(n),), generator=generator).tolist()
+                for n in torch.randint(1, 5, (60,), generator=generator)]
     answers = [list(answer) for answer in dict.fromkeys(map(tuple, answers))]
     states, mask = torch.randn(9, 5, 16), torch.ones(9, 5, dtype=torch.long)
     mask[3, 2:] = 0
@@ -190,7 +209,8 @@ def test_trie_runs_no_prefix_twice_and_skips_most():
     answers = [[a, b, c] for a in range(4, 14) for b in range(4, 14) for c in range(4, 14)]
     trie, seen = AnswerTrie(answers, "cpu"), []
     step = model.decoder.step
-    model.decoder.step = lambda tokens, positions, path, memory, mask: seen.append(len(tokens)) or step(tokens, positions, path, memory, mask)
+    model.decoder.step = lambda tokens, positions, path, memory, mask: seen.append(
+        len(tokens)) or step(tokens, positions, path, memory, mask)
     with torch.inference_mode():
         best_answers(model.decoder, torch.randn(4, 5, 16), torch.ones(4, 5, dtype=torch.long), trie)
     assert len(trie.tokens) == 1 + 10 + 100 + 1000
@@ -202,7 +222,8 @@ def test_texts_sharing_images_share_their_loss():
     torch.manual_seed(0)
     model = cclm.CCLM(SMALL, "xgqa", dropout=0.0, drop_path=0.0)
     images, index = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8), torch.tensor([0, 1, 1, 0])
-    batch = {"input_ids": torch.tensor([[0, 5, 6, 2], [0, 7, 2, PAD], [0, 8, 9, 2], [0, 9, 2, PAD]]), "answer_ids": torch.tensor([[0, 4, 2]] * 4),
+    batch = {"input_ids": torch.tensor([[0, 5, 6, 2], [0, 7, 2, PAD], [0, 8, 9, 2], [0, 9, 2, PAD]]),
+             "answer_ids": torch.tensor([[0, 4, 2]] * 4),
              "answer_question": torch.arange(4), "answer_weight": torch.ones(4)}
     batch["attention_mask"] = (batch["input_ids"] != PAD).long()
     gradients = []

@@ -1,8 +1,8 @@
 """data.py: files of every kind, sound, broken and hostile; images, region features, sampling and batches.
 
-What a damaged file may do: make a reader raise one InputError (or, for checkpoints, ValueError) whose one line names the
-file. What it may not do: raise anything else, run code, reach files outside the data folder, or be read into something
-that is not well-formed (see `test_mutations`).
+What a damaged file may do: make a reader raise one InputError (or, for checkpoints, ValueError) whose one line names
+the file. What it may not do: raise anything else, run code, reach files outside the data folder, or be read into
+something that is not well-formed (see `test_mutations`).
 """
 
 import copy
@@ -385,7 +385,8 @@ def test_wrong_tokenizer(content, made, tmp_path):
 def test_tokenizer_of_another_kind(made, tmp_path):
     """sentencepiece's own default order is <unk>, <s>, </s>; one with other specials is not of XLM-R's kind."""
     sentences = iter(["the small red circle", "a large blue square"] * 50)
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_prefix=str(tmp_path / "other"), vocab_size=30,
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_prefix=str(tmp_path / "other"),
+                                             vocab_size=30,
                                              pad_id=0, unk_id=1, bos_id=2, eos_id=3, hard_vocab_limit=False,
                                              num_threads=1, minloglevel=2)
     assert_refused(lambda folder: data.Tokenizer(folder / "other.model"), tmp_path, "other.model",
@@ -394,7 +395,8 @@ def test_tokenizer_of_another_kind(made, tmp_path):
     assert tokenizer.vocabulary == 222 and tokenizer.mask == 221
     with pytest.raises(InputError, match="222 ids, but the checkpoint embeds 202"):
         tokenizer.check(tokenizer.sha256, 202)
-    assert tokenizer.check(tokenizer.sha256, 222) is None and "is not the known" in tokenizer.check(data.XLMR_SHA256, 222)
+    assert tokenizer.check(tokenizer.sha256, 222) is None
+    assert "is not the known" in tokenizer.check(data.XLMR_SHA256, 222)
 
 
 def image_bytes(mode="RGB", kind="JPEG", size=(40, 30), **options):
@@ -524,7 +526,8 @@ def test_regions_with_a_fixed_number(tmp_path):
     batch = regions.batch(np.array([0, 1, 0]))
     features, boxes, sizes = (np.load(folder / f"{name}.npy")[[2, 0, 2]] for name in ("features", "boxes", "sizes"))
     assert np.array_equal(batch["features"], features) and batch["features"].dtype == torch.float16
-    assert np.array_equal(batch["locations"], data.locations(boxes, sizes)) and batch["locations"].dtype == torch.float32
+    assert np.array_equal(batch["locations"], data.locations(boxes, sizes))
+    assert batch["locations"].dtype == torch.float32
     assert batch["region_mask"].tolist() == [[1, 1, 1]] * 3
 
 
@@ -542,7 +545,8 @@ def test_regions_with_different_numbers(tmp_path):
         assert np.array_equal(batch["locations"][i, :count],
                               data.locations(boxes[None, start : start + count],
                                              sizes[[image]])[0]) and not batch["locations"][i, count:].any()
-    assert data.Regions(str(folder), ["n2"]).batch(np.array([0]))["features"].shape[1] == 1  # padded to the longest of the batch
+    # padded to the longest of the batch
+    assert data.Regions(str(folder), ["n2"]).batch(np.array([0]))["features"].shape[1] == 1
 
 
 def edit(name, change):
@@ -603,7 +607,8 @@ HOSTILE_FEATURES = {  # name -> (change of the folder, part of the message)
     "features missing": (lambda folder: (folder / "features.npy").unlink(), "features.npy: no such file"),
     "features empty": (raw("features.npy", lambda content: b""), "features.npy: not a readable array"),
     "features truncated": (raw("features.npy", lambda content: content[:-1]), "features.npy: not a readable array"),
-    "features without header": (raw("features.npy", lambda content: content[100:]), "features.npy: not a readable array"),
+    "features without header": (raw("features.npy", lambda content: content[100:]),
+                                "features.npy: not a readable array"),
     "features a pickle": (edit("features.npy", lambda array: np.array({"a": 1}, dtype=object)),
                           "features.npy: not a readable array"),
     "features a zip": (raw("features.npy", lambda content: b"PK\x03\x04" + content),
@@ -611,12 +616,14 @@ HOSTILE_FEATURES = {  # name -> (change of the folder, part of the message)
     "features integers": (edit("features.npy", lambda array: array.astype(np.int64)), "features.npy: int64"),
     "features float64": (edit("features.npy", lambda array: array.astype(np.float64)), "features.npy: float64"),
     "features text": (edit("features.npy", lambda array: array.astype("U5")), "features.npy: <U5"),
-    "features transposed": (edit("features.npy", lambda array: array.swapaxes(1, 2)), "features.npy: float16 [4, 6, 3]"),
+    "features transposed": (edit("features.npy", lambda array: array.swapaxes(1, 2)),
+                            "features.npy: float16 [4, 6, 3]"),
     "header nested": (raw("features.npy", npy(b"(" * 5000 + b"\n")), "features.npy: not a readable array"),
-    "header with code": (raw("features.npy",
-                             npy(b"{'descr': __import__('os').getcwd(), 'fortran_order': False, 'shape': (4, 3, 6)}\n")),
-                         "features.npy: not a readable array"),
-    "header huge": (raw("features.npy", npy(b"{'descr': '<f2', 'fortran_order': False, 'shape': (9223372036854775807, 3, 6)}\n")),
+    "header with code": (
+        raw("features.npy", npy(b"{'descr': __import__('os').getcwd(), 'fortran_order': False, 'shape': (4, 3, 6)}\n")),
+        "features.npy: not a readable array"),
+    "header huge": (
+        raw("features.npy", npy(b"{'descr': '<f2', 'fortran_order': False, 'shape': (9223372036854775807, 3, 6)}\n")),
                     "features.npy: not a readable array"),
     "header negative": (raw("features.npy", npy(b"{'descr': '<f2', 'fortran_order': False, 'shape': (-4, 3, 6)}\n")),
                         "features.npy"),
@@ -703,7 +710,8 @@ CHANGED_CHECKPOINTS = {  # name -> change of (tensors, config)
     "layer named by no number": lambda tensors,
                        config: tensors.update({"text_encoder.encoder.layer.x.a": torch.zeros(2),
                                                "bert.encoder.layer.x.a": torch.zeros(2)}),
-    "matrix transposed": lambda tensors, config: tensors.update({first_matrix(tensors): tensors[first_matrix(tensors)][:-1].T.contiguous()}),
+    "matrix transposed": lambda tensors, config: tensors.update(
+        {first_matrix(tensors): tensors[first_matrix(tensors)][:-1].T.contiguous()}),
     "vectors": lambda tensors, config: tensors.update({name: tensor.flatten() for name, tensor in tensors.items()}),
     "scalars": lambda tensors, config: tensors.update({name: tensor.flatten()[0] for name, tensor in tensors.items()}),
     "empty tensors": lambda tensors, config: tensors.update({name: tensor[:0] for name,
@@ -715,8 +723,10 @@ CHANGED_CHECKPOINTS = {  # name -> change of (tensors, config)
     "heads 5": lambda tensors, config: config.update(heads=5, text_heads=5),
     "heads null": lambda tensors, config: config.update(heads=None, text_heads=None),
     "integers": lambda tensors, config: tensors.update({name: tensor.long() for name, tensor in tensors.items()}),
-    "complex numbers": lambda tensors, config: tensors.update({first_matrix(tensors): tensors[first_matrix(tensors)].to(torch.complex64)}),
-    "sparse": lambda tensors, config: tensors.update({first_matrix(tensors): tensors[first_matrix(tensors)].to_sparse()}),
+    "complex numbers": lambda tensors, config: tensors.update(
+        {first_matrix(tensors): tensors[first_matrix(tensors)].to(torch.complex64)}),
+    "sparse": lambda tensors, config: tensors.update(
+        {first_matrix(tensors): tensors[first_matrix(tensors)].to_sparse()}),
     "variant a list": lambda tensors, config: config.update(variant=["volta"], decoder_positions=["66"]),
     "variant unknown": lambda tensors, config: config.update(variant="x", decoder_positions="66"),
     "heads a list": lambda tensors, config: config.update(heads=[2], text_heads=[2]),
@@ -758,7 +768,8 @@ def assert_well_formed(name, loaded):
         assert record.text == "" or is_text(record.text)
         assert record.label in (("entailment", "neutral", "contradiction", "-") if name == "statements" else ("",))
         assert record.type in ("", *data.QUESTION_TYPES)
-        assert all(is_text(answer) or answer == "" or name == "pickled" and type(answer) is int for answer in record.answers)
+        assert all(is_text(answer) or answer == "" or name == "pickled" and type(answer) is int
+                   for answer in record.answers)
         assert not record.answers or abs(sum(record.answers.values()) - 1) < 1e-9
 
 
@@ -811,10 +822,10 @@ def test_mutations(name, tmp_path):
     """300 damaged bytes and 300 damaged values per reader: one line or something well-formed, never anything else.
 
     Silent acceptance would be a file that loads into what later code does not expect: an id that is no short printable
-    string, an image key that leads out of the image folder, a text that is not encodable or endless, an answer that is no
-    string (or, pickled, label id), weights of answers that do not sum to 1, a label or type outside the known ones, label
-    ids that are not 0 … n-1. Not counted, since no reader can know: another word, another id, a record more or less
-    (`--check` compares languages and counts).
+    string, an image key that leads out of the image folder, a text that is not encodable or endless, an answer that is
+    no string (or, pickled, label id), weights of answers that do not sum to 1, a label or type outside the known ones,
+    label ids that are not 0 … n-1. Not counted, since no reader can know: another word, another id, a record more or
+    less (`--check` compares languages and counts).
     """
     rng, (file, read, sound) = random.Random(f"mutations {name}"), READERS[name]
     content, accepted = encoded(name, sound), 0
@@ -856,7 +867,9 @@ def test_mutated_images(tmp_path):
 
 
 def test_mutated_tokenizers(made, tmp_path):
-    """A tokenizer that still loads gives ids within its own vocabulary, for any text; its sha256 tells that it is another."""
+    """A tokenizer that still loads gives ids within its own vocabulary, for any text;
+    its sha256 tells that it is another.
+    """
     rng, content, accepted = random.Random(0), (made / "tokenizer220.model").read_bytes(), 0
     for _ in range(300):
         (tmp_path / "file.model").write_bytes(damage_bytes(content, rng))
@@ -869,12 +882,16 @@ def test_mutated_tokenizers(made, tmp_path):
         accepted += 1
         assert tokenizer.check(data.Tokenizer(made / "tokenizer220.model").sha256, tokenizer.vocabulary)
         for row in (rows[i] for i in range(5)):
-            assert row[0] == data.BOS and row[-1] == data.EOS and row.min() >= 0 and row.max() < tokenizer.vocabulary and len(row) <= 20
+            assert row[0] == data.BOS and row[-1] == data.EOS
+            assert row.min() >= 0 and row.max() < tokenizer.vocabulary and len(row) <= 20
     assert accepted
 
 
 def test_mutated_features(tmp_path):
-    """Features that still load make a batch of the promised shapes with finite numbers. Other numbers are not counted."""
+    """Features that still load make a batch of the promised shapes with finite numbers.
+
+    Other numbers are not counted.
+    """
     rng, accepted = random.Random(0), 0
     sound = {name: write_features(tmp_path / name, counts) for name,
              counts in (("fixed", [3] * 4), ("variable", [2, 5, 1, 4]))}
@@ -894,13 +911,15 @@ def test_mutated_features(tmp_path):
         accepted += 1
         regions = batch["region_mask"].shape[1]
         assert batch["features"].shape == (4, regions, 6) and batch["locations"].shape == (4, regions, 7)
-        assert batch["features"].isfinite().all() and batch["locations"].isfinite().all() and (batch["region_mask"].sum(1) > 0).all()
+        assert batch["features"].isfinite().all()
+        assert batch["locations"].isfinite().all() and (batch["region_mask"].sum(1) > 0).all()
     assert 10 < accepted < 290
 
 
 @pytest.mark.parametrize("model", ["cclm", "uc2"])
 def test_mutated_checkpoints(model, made, tmp_path):
-    """A checkpoint that still loads is a model of the same shapes: other weights are not counted as silent acceptance."""
+    """A checkpoint that still loads is a model of the same shapes: other weights are not counted as silent acceptance.
+    """
     rng, content = random.Random(0), (made / f"{model}.pt").read_bytes()
     shapes = {name: parameter.shape for name, parameter in load_model(model, made / f"{model}.pt").named_parameters()}
     central = content.rindex(b"PK\x01\x02", 0,
@@ -910,7 +929,8 @@ def test_mutated_checkpoints(model, made, tmp_path):
         if i % 4 == 0:
             damaged = content[: rng.randrange(len(content))]
         else:  # not in the tensors, where nothing would be found
-            start, stop = (central, len(content)) if i % 4 == 1 else (pickled, pickled + 8000) if i % 4 == 2 else (0, len(content))
+            start, stop = ((central, len(content)) if i % 4 == 1 else (pickled, pickled + 8000) if i % 4 == 2
+                           else (0, len(content)))
             at = rng.randrange(start, min(stop, len(content)))
             damaged = content[:at] + damage_bytes(content[at : at + 50], rng) + content[at + 50 :]
         (tmp_path / "file.pt").write_bytes(damaged)
@@ -1019,7 +1039,8 @@ CLI = {  # name -> (model, task, what is done to a copy of `made`, part of the m
                                 "train.json: malformed JSON", []),
     "test file in UTF-16": ("cclm", "xvnli",
                             lambda f: replace_file(f / "world/XVNLI/annotations/fr/test.jsonl",
-                                                   (f / "world/XVNLI/annotations/fr/test.jsonl").read_text().encode("utf-16")),
+                                                   (f / "world/XVNLI/annotations/fr/test.jsonl").read_text().encode(
+                                                       "utf-16")),
                             "fr/test.jsonl, line 1: starts with a byte order mark", []),
     "unknown answer": ("uc2", "xgqa", lambda f: change_json(f / "world/gqa/annotations/train.json",
                                                             lambda q: q[0].update(label={"bottle cap": 1.0})),
@@ -1053,7 +1074,8 @@ CLI = {  # name -> (model, task, what is done to a copy of `made`, part of the m
     "checkpoint truncated": ("cclm", "xvnli", lambda f: cut(f / "cclm.pt", 50_000),
                              "cclm.pt: not a readable checkpoint", []),
     "checkpoint with code": ("cclm", "xvnli", with_code, "cclm.pt: not a readable checkpoint", []),
-    "checkpoint of the other model": ("cclm", "xvnli", lambda f: replace_file(f / "cclm.pt", (f / "uc2.pt").read_bytes()),
+    "checkpoint of the other model": ("cclm", "xvnli",
+                                      lambda f: replace_file(f / "cclm.pt", (f / "uc2.pt").read_bytes()),
                                       "not a CCLM checkpoint", []),
     "checkpoint without a tensor": ("uc2", "xvnli", lambda f: change_uc2(f, drop_pooler_bias),
                                     "tensor 'bert.t_pooler.dense.bias' is missing", []),
@@ -1186,7 +1208,8 @@ def test_training_items_resume_anywhere():
     assert len(whole) == 3 * 5 * 2
     for step in (1, 5, 7, 14, 15):
         assert all(e == f and np.array_equal(a, b) for (e, a),
-                   (f, b) in zip(data.training_items(examples, 4, 7, 3, step, 2, [0, 1]), whole[2 * step :], strict=True))
+                   (f, b) in zip(data.training_items(examples, 4, 7, 3, step, 2, [0, 1]), whole[2 * step :],
+                                 strict=True))
     halves = [list(data.training_items(examples, 4, 7, 3, 0, 2, [rank])) for rank in (0, 1)]
     assert all(np.array_equal(item[1], whole[i][1]) for rank in (0, 1) for item,
                i in zip(halves[rank], range(rank, len(whole), 2), strict=True))
@@ -1290,7 +1313,8 @@ def ranking(folder, pools=None, first_image_bug=False, counts=(3, 1, 2, 2, 4)):
 
 
 def pairs_of(batch, examples):
-    """The four (image, caption) pairs of each item as rows and example numbers, found again from what the model sees."""
+    """The four (image, caption) pairs of each item as rows and example numbers, found again from what the model sees.
+    """
     lengths = batch["attention_mask"].sum(1) - 3  # caption i has i + 1 words
     images = batch["image_index"].tolist()
     captions = [int(lengths[text]) for text in batch["text_index"]]
@@ -1311,7 +1335,8 @@ def test_ranking_pairs(tmp_path):
         # which image each row of the batch is, by its features
         everything = np.load(folder / "features.npy")
         of_row = [everything[int(key[1:])] for key in examples.image_keys]
-        which = [next(row for row, sound in enumerate(of_row) if np.array_equal(sound, features)) for features in batch["features"].numpy()]
+        which = [next(row for row, sound in enumerate(of_row) if np.array_equal(sound, features))
+                 for features in batch["features"].numpy()]
         for index, item in zip(indices, pairs_of(batch, examples)):
             (match, a, b, c), image = [(which[row], caption) for row, caption in item], rows[index]
             assert match == (image, index)
@@ -1324,7 +1349,8 @@ def test_ranking_pairs(tmp_path):
 
 
 def test_ranking_with_the_first_image_bug(tmp_path):
-    dataset, examples = ranking(write_features(tmp_path / "features", [3] * 5), {1: np.array([2])}, first_image_bug=True)
+    dataset, examples = ranking(write_features(tmp_path / "features", [3] * 5), {1: np.array([2])},
+                                first_image_bug=True)
     first, rows = examples.image_rows[0], examples.image_rows
     assert first == 0
     captions = set()
@@ -1353,14 +1379,16 @@ def test_limit_and_keep(made):
     everything = data.load_examples(world, "xvnli", "train", rules, Words())
     neutral = data.load_examples(world, "xvnli", "train", rules, Words(), keep=lambda text,
                                  record: record.label == "neutral", limit=10)
-    assert [record.id for record in neutral.records] == [record.id for record in everything.records[:10] if record.label == "neutral"]
+    assert [record.id for record in neutral.records] == [record.id for record in everything.records[:10]
+                                                         if record.label == "neutral"]
     assert all(replace(a) == b for a, b in zip(neutral.records, neutral.records))
 
 
 def test_unknown_training_answers_are_named():
     examples = make_examples(6)
     data.check_answers(examples, ["yes", "no"])
-    with pytest.raises(InputError, match=r"here, question 0: the answer 'yes' is not among the 1 labels \(6 such questions\)"):
+    with pytest.raises(InputError,
+                       match=r"here, question 0: the answer 'yes' is not among the 1 labels \(6 such questions\)"):
         data.check_answers(examples, ["no"])
 
 

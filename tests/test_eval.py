@@ -25,8 +25,10 @@ def read(path):
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
     """Finished runs as train.py makes them."""
-    folder, handlers = tmp_path_factory.mktemp("runs"), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for name, flags in {"cclm-xgqa": ["--save-epochs"], "cclm-xgqa-suf": ["--suf"], "uc2-xvnli": [], "cclm-xflickrco": ["--limit", 40]}.items():
+    folder, handlers = tmp_path_factory.mktemp("runs"), {number: signal.getsignal(number)
+                                                         for number in (signal.SIGINT, signal.SIGTERM)}
+    for name, flags in {"cclm-xgqa": ["--save-epochs"], "cclm-xgqa-suf": ["--suf"], "uc2-xvnli": [],
+                        "cclm-xflickrco": ["--limit", 40]}.items():
         train.main(train_command(tiny, *name.split("-")[:2], folder / name, "--limit", 64, *flags)[2:])
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -52,7 +54,9 @@ def refused(*arguments):
 
 
 def shaken(run, languages):
-    """-> (a run's model with random numbers added to its weights, so that its predictions differ from text to text; some of its test data)."""
+    """-> (a run's model with random numbers added to its weights, so that its predictions differ
+    from text to text; some of its test data).
+    """
     model, tokenizer, labels, args, recipe = evaluation.load_run(run, CPU)
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -78,15 +82,18 @@ def test_languages_split_and_epoch(run, tiny):
     folder = run("cclm-xgqa")
     run_eval(folder, "--split", "dev", "--languages", "ko,de")
     results = read(folder / "results_dev.json")["languages"]
-    assert list(results) == ["ko", "de"] and sorted(path.name for path in (folder / "predictions_dev").iterdir()) == ["de.json", "ko.json"]
+    assert list(results) == ["ko", "de"]
+    assert sorted(path.name for path in (folder / "predictions_dev").iterdir()) == ["de.json", "ko.json"]
     for language, scores in results.items():
         truth = read(tiny / "data" / "xGQA" / "annotations" / "few_shot" / language / "dev.json")
-        predicted = {entry["questionId"]: entry["prediction"] for entry in read(folder / "predictions_dev" / f"{language}.json")}
+        predicted = {entry["questionId"]: entry["prediction"]
+                     for entry in read(folder / "predictions_dev" / f"{language}.json")}
         assert list(predicted) == list(truth)[:64]
         right = {key: predicted[key] == truth[key]["answer"] for key in predicted}
         assert scores["accuracy"] == pytest.approx(100 * sum(right.values()) / 64) and scores["n"] == 64
         verify = [right[key] for key in predicted if truth[key]["types"]["structural"] == "verify"]
-        assert scores["by_type"]["verify"] == {"accuracy": pytest.approx(100 * sum(verify) / len(verify)), "n": len(verify)}
+        assert scores["by_type"]["verify"] == {"accuracy": pytest.approx(100 * sum(verify) / len(verify)),
+                                               "n": len(verify)}
     run_eval(folder, "--epoch", 2)  # the last: the weights of model.pt
     assert read(folder / "results_test_epoch2.json")["languages"] == read(folder / "results.json")["languages"]
 
@@ -126,7 +133,8 @@ def test_compare(runs, capsys):
     results = [read(run / "results.json")["languages"] for run in (a, b)]
     assert [language for _, language in rows] == [*data.LANGUAGES["xgqa"], "mean of 7 others"]
     for (_, language), (in_a, in_b, difference, low, high) in rows.items():
-        expected = [evaluation.mean_zero_shot(some, "accuracy") if language.startswith("mean") else some[language]["accuracy"] for some in results]
+        expected = [evaluation.mean_zero_shot(some, "accuracy") if language.startswith("mean")
+                    else some[language]["accuracy"] for some in results]
         assert (in_a, in_b, difference) == pytest.approx((*expected, expected[1] - expected[0]), abs=0.0051)
         assert low <= difference <= high
     assert all(row[2:] == (0, 0, 0) for row in compared(capsys, a, a).values())
@@ -136,7 +144,9 @@ def test_compare(runs, capsys):
 
 
 def test_compare_by_hand(run, tiny, capsys):
-    """B answers all, A none of the German questions; of the Korean ones B answers those about every other image, A none."""
+    """B answers all, A none of the German questions; of the Korean ones B answers
+    those about every other image, A none.
+    """
     a, b = run("cclm-xgqa", "a"), run("cclm-xgqa", "b")
     gold = read(tiny / "data" / "xGQA" / "annotations" / "few_shot" / "de" / "test.json")
     questions = list(gold)[:64]
@@ -145,7 +155,8 @@ def test_compare_by_hand(run, tiny, capsys):
     for folder in (a, b):
         for language in ("de", "ko"):
             right = {key: folder == b and (language == "de" or gold[key]["imageId"] in half) for key in questions}
-            entries = [{"questionId": key, "prediction": gold[key]["answer"] if right[key] else "?"} for key in questions]
+            entries = [{"questionId": key, "prediction": gold[key]["answer"] if right[key] else "?"}
+                       for key in questions]
             (folder / "predictions" / f"{language}.json").write_text(json.dumps(entries))
             results = read(folder / "results.json")
             results["languages"][language]["accuracy"] = 100 * sum(right.values()) / len(right)
@@ -154,8 +165,10 @@ def test_compare_by_hand(run, tiny, capsys):
     assert rows["accuracy", "de"] == (0, 100, 100, 100, 100)
     share = sum(gold[key]["imageId"] in half for key in questions) / len(questions)
     assert rows["accuracy", "ko"][2] == pytest.approx(100 * share, abs=0.0051)
-    deviation = 100 * np.sqrt(share * (1 - share) / len(images))  # of a share of images drawn with replacement, 4 questions each
-    assert rows["accuracy", "ko"][3:] == pytest.approx((100 * share - 1.96 * deviation, 100 * share + 1.96 * deviation), abs=deviation / 2)
+    # of a share of images drawn with replacement, 4 questions each
+    deviation = 100 * np.sqrt(share * (1 - share) / len(images))
+    assert rows["accuracy", "ko"][3:] == pytest.approx((100 * share - 1.96 * deviation, 100 * share + 1.96 * deviation),
+                                                       abs=deviation / 2)
     assert rows["accuracy", "mean of 7 others"][2] == pytest.approx((100 + 100 * share) / 7, abs=0.0051)
     (b / "predictions" / "de.json").write_text(json.dumps(read(b / "predictions" / "de.json")[:-1]))
     assert "predicts other items" in refused("--compare", a, b)
@@ -173,7 +186,8 @@ def test_published_predictions_get_their_published_score(language, iglue, capsys
     found = {}
     for line in capsys.readouterr().out.splitlines():
         if match := re.fullmatch(r"(\w+) +([\d.]+) %  \((\d+) of (\d+)\)", line):
-            found[match[1]] = {"n": int(match[4]), "correct": int(match[3]), "acc": pytest.approx(float(match[2]), abs=1e-9)}
+            found[match[1]] = {"n": int(match[4]), "correct": int(match[3]),
+                               "acc": pytest.approx(float(match[2]), abs=1e-9)}
     assert found == read(iglue / "results" / "xgqa" / "expected_en_de.json")[language]
 
 
@@ -202,7 +216,8 @@ def test_batches_do_not_matter(name, runs):
     """One image and one text at a time, everything at once, and anything between: the same predictions, or ranks."""
     model, chosen = shaken(runs / name, ["en", "ru"])
     results, predictions = evaluation.evaluate(model, chosen, CPU)
-    for image_batch, text_batch in ((1, 7), (100, 1000)) if name == "cclm-xflickrco" else ((1, 1), (1, 7), (3, 20), (100, 1000)):
+    sizes = [(1, 7), (100, 1000)] + ([] if name == "cclm-xflickrco" else [(1, 1), (3, 20)])
+    for image_batch, text_batch in sizes:
         again, predicted = evaluation.evaluate(model, chosen, CPU, image_batch=image_batch, text_batch=text_batch)
         if name == "cclm-xflickrco":
             assert [entry["rank"] for entry in predicted["ru"]] == [entry["rank"] for entry in predictions["ru"]]
@@ -213,7 +228,9 @@ def test_batches_do_not_matter(name, runs):
 
 @torch.inference_mode()
 def test_answers_are_the_likeliest_labels(runs):
-    """Every question alone with its image, every label scored in full by teacher forcing: the answers of the whole evaluation."""
+    """Every question alone with its image, every label scored in full by teacher forcing:
+    the answers of the whole evaluation.
+    """
     model, chosen = shaken(runs / "cclm-xgqa", ["en", "bn"])
     _, predictions = evaluation.evaluate(model, chosen, CPU)
     args, _ = evaluation.read_run(runs / "cclm-xgqa")
@@ -224,6 +241,7 @@ def test_answers_are_the_likeliest_labels(runs):
             memory = model.memory(chosen.pictures.batch(chosen.image_rows[language][i : i + 1]))
             input_ids, mask = data.pad([examples.tokens[i]])
             states = model.fuse(model.encode_texts(input_ids, mask), mask, memory)
-            losses = model.decoder.answer_losses(states, mask, answer_ids, torch.zeros(len(answer_ids), dtype=torch.long))
+            losses = model.decoder.answer_losses(states, mask, answer_ids,
+                                                 torch.zeros(len(answer_ids), dtype=torch.long))
             assert entry == {"questionId": examples.records[i].id, "prediction": chosen.names[losses.argmin()]}
         assert len({entry["prediction"] for entry in predictions[language]}) > 1

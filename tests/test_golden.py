@@ -1,6 +1,7 @@
 """Numbers of the reference implementations, reproduced: every file of the folder GOLDEN_DIR (default tests/golden).
 
-A file's kind is the end of its name, its sizes are its content: files of other sizes and seeds run through the same tests unchanged.
+A file's kind is the end of its name, its sizes are its content: files of other sizes and
+seeds run through the same tests unchanged.
 """
 
 import json
@@ -26,7 +27,8 @@ from vit import IMAGE_STD, geometric_offsets, normalize, resize_position_table
 def files(ending, but=()):
     """Every golden file of one kind, as pytest parameters; `but`: longer endings that are another kind."""
     found = [path for path in sorted(GOLDEN.glob(f"*{ending}")) if not path.name.endswith(tuple(but))]
-    return pytest.mark.parametrize("path", found or [pytest.param(None, marks=pytest.mark.skip(f"no *{ending} in {GOLDEN}"))],
+    return pytest.mark.parametrize("path",
+                                   found or [pytest.param(None, marks=pytest.mark.skip(f"no *{ending} in {GOLDEN}"))],
                                    ids=[path.stem for path in found] or ["none"])
 
 
@@ -42,7 +44,10 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 
 def assert_gradients(model, norms, tolerance=1e-4):
-    """Gradient norm of every parameter the reference lists (-1: it has none there). Key biases have no gradient but rounding noise: skipped."""
+    """Gradient norm of every parameter the reference lists (-1: it has none there).
+
+    Key biases have no gradient but rounding noise: skipped.
+    """
     ours = {theirs: name for name, theirs in model.checkpoint_names().items()}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     largest = max(float(norm) for norm in norms.values())
@@ -54,7 +59,8 @@ def assert_gradients(model, norms, tolerance=1e-4):
         if norm < 0:
             assert gradient is None, theirs
             continue
-        assert abs(gradient.norm() - norm) <= tolerance * max(float(norm), 1e-4 * largest), f"{theirs}: {gradient.norm():.6g}, reference {norm:.6g}"
+        difference = f"{theirs}: {gradient.norm():.6g}, reference {norm:.6g}"
+        assert abs(gradient.norm() - norm) <= tolerance * max(float(norm), 1e-4 * largest), difference
         compared += 1
     assert compared > 0.8 * len(norms)
 
@@ -65,11 +71,13 @@ def assert_gradients(model, norms, tolerance=1e-4):
 
 def file_config(golden):
     config = golden["config"]
-    return {"text_heads": config["text_heads"], "cross_heads": config["cross_heads"], "decoder_positions": config["bert_max_pos"]}
+    return {"text_heads": config["text_heads"], "cross_heads": config["cross_heads"],
+            "decoder_positions": config["bert_max_pos"]}
 
 
 def cclm_pretrained(golden, task, resolution):
-    model = cclm.from_pretrained(golden["state_dict"], file_config(golden), task, golden["config"][resolution], "golden")
+    model = cclm.from_pretrained(golden["state_dict"], file_config(golden), task,
+                                 golden["config"][resolution], "golden")
     return model.eval()
 
 
@@ -80,7 +88,8 @@ def test_cclm_core(path):
 
     images = golden["vision"]["image"]
     hidden = []
-    hooks = [block.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0])) for block in model.vision.blocks]
+    hooks = [block.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+             for block in model.vision.blocks]
     assert_close(model.encode_images({"images": images}), golden["vision"]["last_hidden_state"])
     for hook in hooks:
         hook.remove()
@@ -145,7 +154,8 @@ def test_cclm_retrieval(path):
     golden = load(path)
     model, inputs = cclm_pretrained(golden, "xflickrco", "res_pretrain"), golden["inputs"]
     mask = inputs["attention_mask"]
-    image_states, text_states = model.encode_images({"images": inputs["image"]}), model.encode_texts(inputs["input_ids"], mask)
+    image_states = model.encode_images({"images": inputs["image"]})
+    text_states = model.encode_texts(inputs["input_ids"], mask)
     to_images, to_texts = model.contrast(image_states, text_states)
     for key, image_ids in (("with_idx", inputs["idx"]), ("no_idx", torch.arange(len(mask)))):
         reference = golden[key]
@@ -153,10 +163,12 @@ def test_cclm_retrieval(path):
         assert_close(cclm.contrastive_loss(to_images, to_texts, same_image), reference["loss_itc"])
         assert_close(cclm.negative_weights(to_images, same_image), reference["weights_t2i"])
         assert_close(cclm.negative_weights(to_texts, same_image), reference["weights_i2t"])
-        itm = model.matching_loss(image_states, text_states, mask, reference["image_neg_idx"], reference["text_neg_idx"])
+        itm = model.matching_loss(image_states, text_states, mask, reference["image_neg_idx"],
+                                  reference["text_neg_idx"])
         assert_close(itm, reference["loss_itm"])
         if key == "with_idx":  # the training loss itself, with uniform draws that pick the reference's negatives
-            batch = {"images": inputs["image"], "input_ids": inputs["input_ids"], "attention_mask": mask, "image_ids": image_ids,
+            batch = {"images": inputs["image"], "input_ids": inputs["input_ids"], "attention_mask": mask,
+                     "image_ids": image_ids,
                      "uniform": torch.stack([uniform_for(reference["weights_t2i"], reference["image_neg_idx"]),
                                              uniform_for(reference["weights_i2t"], reference["text_neg_idx"])], 1)}
             loss = model(batch)
@@ -183,9 +195,11 @@ def test_cclm_classification(path):
     golden = load(path)
     model, inputs = cclm_pretrained(golden, "xvnli", "res_finetune"), golden["inputs"]
     fill(model, golden["extra_state_dict"])
-    batch = {"images": inputs["image"], "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": inputs["labels"]}
+    batch = {"images": inputs["image"], "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"],
+             "labels": inputs["labels"]}
     memory = model.memory(batch)
-    logits = model.label_logits(model.encode_texts(batch["input_ids"], batch["attention_mask"]), batch["attention_mask"], memory)
+    logits = model.label_logits(model.encode_texts(batch["input_ids"], batch["attention_mask"]),
+                                batch["attention_mask"], memory)
     assert_close(logits, golden["outputs"]["logits"])
     loss = model(batch)
     assert_close(loss, golden["outputs"]["loss"])
@@ -213,7 +227,8 @@ def test_cclm_generation(path):
 
     model = cclm.from_finetuned(after_load, file_config(golden), "xgqa", "golden").eval()
     train = golden["train"]
-    question_states = model.fuse(model.encode_texts(train["question_ids"], train["question_mask"]), train["question_mask"],
+    question_states = model.fuse(model.encode_texts(train["question_ids"], train["question_mask"]),
+                                 train["question_mask"],
                                  model.memory({"images": train["image"]}))
     assert_close(question_states, train["question_states"])
     decoder, mask = model.decoder, train["question_mask"]
@@ -224,8 +239,10 @@ def test_cclm_generation(path):
     hidden = decoder.decode(train["answer_ids"], memory, mask[answer_question])
     assert_close(hidden, train["decoder_hidden_states"][len(decoder.layers)])
     assert_close(decoder.logits(hidden), train["decoder_logits"])
-    assert_close(decoder.answer_losses(question_states, mask, train["answer_ids"], answer_question), train["answer_losses"])
-    batch = {"images": train["image"], "input_ids": train["question_ids"], "attention_mask": mask, "answer_ids": train["answer_ids"],
+    assert_close(decoder.answer_losses(question_states, mask, train["answer_ids"], answer_question),
+                 train["answer_losses"])
+    batch = {"images": train["image"], "input_ids": train["question_ids"], "attention_mask": mask,
+             "answer_ids": train["answer_ids"],
              "answer_question": answer_question, "answer_weight": train["weights"]}
     loss = model(batch)
     assert_close(loss, train["loss"])
@@ -240,7 +257,8 @@ def test_cclm_generation(path):
     # the exact argmax through the trie equals brute force over all candidates
     candidates, questions = rank["candidate_ids"], len(question_states)
     rows = torch.arange(questions).repeat_interleave(len(candidates))
-    everything = -decoder.answer_losses(question_states, mask, candidates.repeat(questions, 1), rows).view(questions, -1)
+    everything = -decoder.answer_losses(question_states, mask, candidates.repeat(questions, 1),
+                                        rows).view(questions, -1)
     trie = AnswerTrie([[t for t in ids[1:].tolist() if t not in (cclm.EOS, cclm.PAD)] for ids in candidates], "cpu")
     labels, scores = best_answers(decoder, question_states, mask, trie)
     assert_close(scores, everything.max(1).values)
@@ -273,15 +291,20 @@ def uc2_batch(inputs):
 
 
 def with_region_head(tensors, width):
-    """The converted file without the reference's region head, which the conversion leaves at random values: any values will do."""
+    """The converted file without the reference's region head, which the conversion leaves
+    at random values: any values will do.
+    """
     part = "cls.imagePredictions."
-    shapes = {"transform.dense.weight": (width, width), "transform.dense.bias": (width,), "transform.LayerNorm.weight": (width,),
+    shapes = {"transform.dense.weight": (width, width), "transform.dense.bias": (width,),
+              "transform.LayerNorm.weight": (width,),
               "transform.LayerNorm.bias": (width,), "decoder_dict.0.weight": (5, width), "decoder_dict.0.bias": (5,)}
     return tensors | {part + name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def run_uc2(model, batch):
-    """-> states of [text ; regions] before the first layer and after every layer, after every self-attention block, and pooled."""
+    """-> states of [text ; regions] before the first layer and after every layer, after
+    every self-attention block, and pooled.
+    """
     hidden, attended = [], []
     hooks = [model.layers[0].register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))]
     for layer in model.layers:
@@ -322,7 +345,8 @@ def test_uc2_task(path):
     task, outputs, batch = UC2_TASKS[golden["meta"]["task"]], golden["outputs"], uc2_batch(golden["inputs"])
     model = uc2.from_finetuned(golden["state_dict"], uc2_config(golden), task, "golden").eval()
     assert_states(model, batch, outputs)
-    inputs = model.encode_texts(batch["input_ids"], batch["attention_mask"]), batch["attention_mask"], model.memory(batch)
+    inputs = model.encode_texts(batch["input_ids"],
+                                batch["attention_mask"]), batch["attention_mask"], model.memory(batch)
     if task == "xflickrco":
         assert_close(model.match_scores(*inputs), outputs["logits"][:, 0])
     else:
@@ -387,9 +411,11 @@ def test_uc2_conversion(path):
 
     # the two differ in the LayerNorms that the conversion mixed up, and in nothing else that both files hold
     theirs = dict(faithful.named_parameters())
-    shared = {name: parameter for name, parameter in corrected.named_parameters() if name in theirs and not name.startswith("region_classes.")}
+    shared = {name: parameter for name, parameter in corrected.named_parameters() if name in theirs
+              and not name.startswith("region_classes.")}
     different = {name for name, parameter in shared.items() if not torch.equal(parameter, theirs[name])}
-    assert different == {f"{part}.norm.{kind}" for part in ("text_embeddings", "region_embeddings") for kind in ("weight", "bias")}
+    assert different == {f"{part}.norm.{kind}" for part in ("text_embeddings", "region_embeddings")
+                         for kind in ("weight", "bias")}
     assert torch.equal(faithful.text_embeddings.norm.weight, corrected.region_embeddings.norm.weight)
     assert uc2.image_norm_is_identity(converted) and not uc2.image_norm_is_identity(golden["original_state_dict"])
     assert (run_uc2(faithful, batch)[0][0] - run_uc2(corrected, batch)[0][0]).abs().max() > 1e-2
@@ -404,7 +430,8 @@ def test_uc2_retrieval_scores(path):
     features = torch.nn.functional.pad(features, (0, golden["config"]["v_feature_size"] - features.shape[-1]))
     memory = model.memory({"features": features, "locations": inputs["locations"], "region_mask": inputs["image_mask"]})
     texts, mask = model.encode_texts(inputs["input_ids"], inputs["input_mask"]), inputs["input_mask"]
-    columns = [model.match_scores(texts, mask, select(memory, slice(i, i + 1))) for i in range(scores.shape[1])]  # one image that all captions share
+    # one image that all captions share
+    columns = [model.match_scores(texts, mask, select(memory, slice(i, i + 1))) for i in range(scores.shape[1])]
     assert_close(torch.stack(columns, 1), scores)
     pairs = torch.cartesian_prod(torch.arange(len(scores)), torch.arange(scores.shape[1]))  # or any pairs
     every = model.match_scores(texts[pairs[:, 0]], mask[pairs[:, 0]], select(memory, pairs[:, 1]))
@@ -435,20 +462,23 @@ def test_cclm_training_trace(path):
     fill(model, golden["extra_state_dict"])
     total, warmup = map(int, re.search(r"T=(\d+), W=(\d+)", trace["sched"]).groups())
     part, names = train.part_of(model), model.checkpoint_names()
-    rates = {part[name]: trace["lrs_per_step_per_group"][1, trace["param_group_index"][names[name]]].item() / train.lr_factor(1, total, warmup) for name in part}
+    second, group = trace["lrs_per_step_per_group"][1], trace["param_group_index"]
+    rates = {part[name]: second[group[names[name]]].item() / train.lr_factor(1, total, warmup) for name in part}
     decay = trace["group_weight_decay"]
     for name, theirs in names.items():
         assert model.decays(name) == (decay[trace["param_group_index"][theirs]] > 0), theirs
     recipe = train.Recipe(epochs=1, batch_size=1, lr=1.0)
     optimizer = train.make_optimizer(train.parameter_groups(model, part, rates, decay.max().item()), recipe)
-    batch = {"images": inputs["image"], "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": inputs["labels"]}
+    batch = {"images": inputs["image"], "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"],
+             "labels": inputs["labels"]}
     owner = {id(parameter): name for name, parameter in model.named_parameters()}
     losses = []
     for step, lrs in enumerate(trace["lrs_per_step_per_group"]):
         train.set_rates(optimizer, train.lr_factor(step, total, warmup), step, recipe)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                assert group["lr"] == pytest.approx(lrs[trace["param_group_index"][names[owner[id(parameter)]]]].item(), abs=1e-12)
+                assert group["lr"] == pytest.approx(
+                    lrs[trace["param_group_index"][names[owner[id(parameter)]]]].item(), abs=1e-12)
         loss = model(batch)
         losses.append(loss.item())
         loss.backward()
@@ -483,17 +513,20 @@ def check_uc2_trace(path, task):
     sizes = uc2.read_sizes(golden["initial_state_dict"], {"heads": golden["config"]["num_attention_heads"]}, "golden")
     model = uc2.UC2(sizes, task, dropout=0.0)
     copy_tensors(model, golden["initial_state_dict"])
-    recipe = train.Recipe(epochs=1, batch_size=1, lr=float(meta["learning_rate"]), betas=tuple(map(float, meta["adam_betas"].split())),
+    recipe = train.Recipe(epochs=1, batch_size=1, lr=float(meta["learning_rate"]),
+                          betas=tuple(map(float, meta["adam_betas"].split())),
                           eps=float(meta["adam_eps"]), clip=float(meta["clip_grad_norm"]))
     part = train.part_of(model)
-    optimizer = train.make_optimizer(train.parameter_groups(model, part, dict.fromkeys(part.values(), recipe.lr), float(meta["weight_decay"])), recipe)
+    optimizer = train.make_optimizer(train.parameter_groups(model, part, dict.fromkeys(part.values(), recipe.lr),
+                                                            float(meta["weight_decay"])), recipe)
     total, accumulation = loop["schedule_total_steps"], loop["gradient_accumulation_steps"]
     losses, norms, rates = [], [], []
     for epoch in range(loop["num_epochs"]):
         for i in range(loop["micro_batches_per_epoch"]):
             micro = golden["micro_batches"][i]
             flat = {ours: micro[theirs].flatten(0, -1 - micro_dimensions) for ours, theirs, micro_dimensions in (
-                ("features", "features", 2), ("locations", "locations", 2), ("region_mask", "image_mask", 1), ("input_ids", "input_ids", 1),
+                ("features", "features", 2), ("locations", "locations", 2), ("region_mask", "image_mask", 1),
+                ("input_ids", "input_ids", 1),
                 ("attention_mask", "input_mask", 1))}
             loss = model(flat | {"targets": micro["targets"]})
             losses.append(loss.item())
@@ -537,8 +570,10 @@ def golden_tokenizer(golden, tmp_path):
 def test_left_and_right(path, tmp_path):
     golden = load(path)
     sides = list(golden["left_right"].values())
-    records = [data.Record(str(i), str(i), side["question"], dict.fromkeys(side["answers"].split("\n"), 1.0)) for i, side in enumerate(sides)]
-    examples = data.Examples("golden", records, data.TextRules("", None, None, None, None), golden_tokenizer(golden, tmp_path), training=True)
+    records = [data.Record(str(i), str(i), side["question"], dict.fromkeys(side["answers"].split("\n"), 1.0))
+               for i, side in enumerate(sides)]
+    examples = data.Examples("golden", records, data.TextRules("", None, None, None, None),
+                             golden_tokenizer(golden, tmp_path), training=True)
     assert examples.may_flip.tolist() == [not side["contains_left_or_right"] for side in sides]
 
 
@@ -546,7 +581,8 @@ def test_left_and_right(path, tmp_path):
 def test_tokenizer(path, tmp_path):
     golden = load(path)["tokenizer"]
     tokenizer = golden_tokenizer({"tokenizer": golden}, tmp_path)
-    assert {"cls": data.BOS, "pad": data.PAD, "sep": data.EOS, "unk": data.UNK, "mask": tokenizer.mask, "vocab_size": tokenizer.vocabulary,
+    assert {"cls": data.BOS, "pad": data.PAD, "sep": data.EOS, "unk": data.UNK, "mask": tokenizer.mask,
+            "vocab_size": tokenizer.vocabulary,
             "spm_size": tokenizer.vocabulary - 2} == golden["specials"]
     texts, compared = list(golden["texts"].values()), 0
     for name, expected in golden.items():
@@ -554,7 +590,8 @@ def test_tokenizer(path, tmp_path):
         if limit:
             rows = tokenizer(texts, int(limit[1]) if limit[1] else None)
             input_ids, attention_mask = data.pad([rows[i] for i in range(len(texts))])
-            more = expected["input_ids"].shape[1] - input_ids.shape[1]  # ours is padded to the longest text, "max_length" to the limit
+            # ours is padded to the longest text, "max_length" to the limit
+            more = expected["input_ids"].shape[1] - input_ids.shape[1]
             assert more == 0 or name.startswith("max_length") and more > 0
             assert torch.equal(torch.nn.functional.pad(input_ids, (0, more), value=data.PAD), expected["input_ids"])
             assert torch.equal(torch.nn.functional.pad(attention_mask, (0, more)), expected["attention_mask"])
@@ -576,22 +613,28 @@ def test_image_transform(path):
 def test_locations(path):
     for image in load(path)["images"].values():
         size = np.array([[image["img_w"], image["img_h"]]])
-        assert np.allclose(data.locations(image["boxes_xyxy"].numpy()[None], size)[0], image["uc2_locations"], rtol=1e-6, atol=1e-7)
-        assert torch.equal(image["features"], image["uc2_features"]) and len(image["boxes_xyxy"]) == image["uc2_num_boxes"]  # no global region
+        assert np.allclose(data.locations(image["boxes_xyxy"].numpy()[None], size)[0], image["uc2_locations"],
+                           rtol=1e-6, atol=1e-7)
+        assert torch.equal(image["features"], image["uc2_features"])
+        assert len(image["boxes_xyxy"]) == image["uc2_num_boxes"]  # no global region
 
 
 class GivenPieces:
-    """Where sentencepiece stands in `data.Tokenizer`: the "text" i is row i of token ids (<s> … </s>), given as pieces."""
+    """Where sentencepiece stands in `data.Tokenizer`: the "text" i is row i of token ids (<s> … </s>), given as pieces.
+    """
 
     def __init__(self, encoded):
         self.encoded = encoded
 
     def encode(self, texts):
-        return [[token - 1 if token != data.UNK else 0 for token in self.encoded[int(text)][1:-1].tolist()] for text in texts]
+        return [[token - 1 if token != data.UNK else 0 for token in self.encoded[int(text)][1:-1].tolist()]
+                for text in texts]
 
 
 def golden_batch(golden, folder, records, labels):
-    """The records as one batch of ours, from a folder of region features with as many regions per image as the file has."""
+    """The records as one batch of ours, from a folder of region features with as many
+    regions per image as the file has.
+    """
     images = list(golden["raw_images"].values())
     counts = [len(image["boxes_xyxy"]) for image in images]
     np.save(folder / "features.npy", torch.cat([image["features_first5"] for image in images]).numpy())
@@ -599,14 +642,16 @@ def golden_batch(golden, folder, records, labels):
     np.save(folder / "sizes.npy", np.array([[image["img_w"], image["img_h"]] for image in images], dtype=np.int32))
     np.save(folder / "offsets.npy", np.cumsum([0, *counts]))
     (folder / "ids.txt").write_text("".join(f"{i}\n" for i in range(len(images))))
-    meta = {"format": 1, "count": len(images), "boxes": golden["max_region_num"], "dim": images[0]["features_first5"].shape[1], "complete": True}
+    meta = {"format": 1, "count": len(images), "boxes": golden["max_region_num"],
+            "dim": images[0]["features_first5"].shape[1], "complete": True}
     (folder / "meta.json").write_text(json.dumps(meta))
     tokenizer = data.Tokenizer.__new__(data.Tokenizer)
     tokenizer.model = GivenPieces(list(golden["encoded"].values()))
     limit = golden["max_seq_length"]
     examples = data.Examples("golden", records, data.TextRules("", None, None, limit, limit), tokenizer, training=True)
     targets = data.class_targets(examples, {name: i for i, name in enumerate(labels)})
-    batch = data.TrainingBatches(examples, data.Regions(str(folder), examples.image_keys), targets, 0, False, True)[(0, np.arange(len(records)))]
+    batch = data.TrainingBatches(examples, data.Regions(str(folder), examples.image_keys), targets, 0, False,
+                                 True)[(0, np.arange(len(records)))]
     for name in ("features", "locations", "region_mask"):
         batch[name] = batch[name][batch["image_index"]]
         more = golden["max_region_num"] - batch[name].shape[1]  # ours are padded to the longest of the batch
@@ -617,7 +662,8 @@ def golden_batch(golden, folder, records, labels):
     return batch
 
 
-OUR_NAMES = {"features_first5": "features", "locations": "locations", "image_mask": "region_mask", "input_ids": "input_ids", "input_mask": "attention_mask", "target": "targets"}
+OUR_NAMES = {"features_first5": "features", "locations": "locations", "image_mask": "region_mask",
+             "input_ids": "input_ids", "input_mask": "attention_mask", "target": "targets"}
 
 
 @files("_inputs.pt")
@@ -628,16 +674,20 @@ def test_uc2_rows(path, task, tmp_path):
     if task == "xgqa":
         rows, labels = list(gqa["rows"].values()), [str(i) for i in range(gqa["num_labels"])]
         sources = [row["source_index"] for row in rows]
-        answers = {source: {str(label): 1.0} if label >= 0 else {} for source, label in enumerate(gqa["labels"].values())}
-        records = [data.Record(str(row["question_id"]), str(source), str(source), answers[source]) for row, source in zip(rows, sources)]
+        answers = {source: {str(label): 1.0} if label >= 0 else {}
+                   for source, label in enumerate(gqa["labels"].values())}
+        records = [data.Record(str(row["question_id"]), str(source), str(source), answers[source])
+                   for row, source in zip(rows, sources)]
     else:
         rows, labels = list(golden["xvnli_dataset"]["rows"].values()), uc2.LABELS
-        records = [data.Record(str(i), str(i), str(i), label=label) for i, label in enumerate(golden["xvnli_dataset"]["gold_labels"].values())]
+        records = [data.Record(str(i), str(i), str(i), label=label)
+                   for i, label in enumerate(golden["xvnli_dataset"]["gold_labels"].values())]
     batch = golden_batch(gqa, tmp_path, records, labels)
     for i, row in enumerate(rows):
         for theirs, ours in OUR_NAMES.items():
             if theirs in row:
-                assert row[theirs].shape == batch[ours][i].shape and torch.allclose(batch[ours][i].double(), row[theirs].double(), rtol=1e-6, atol=1e-7), (i, theirs)
+                assert row[theirs].shape == batch[ours][i].shape and torch.allclose(
+                    batch[ours][i].double(), row[theirs].double(), rtol=1e-6, atol=1e-7), (i, theirs)
         assert not row.get("segment_ids", torch.zeros(1)).any()
 
 
@@ -657,7 +707,9 @@ class GoldenPictures:
 
 
 def golden_retrieval(model, pictures, input_ids, mask, image_of_text, **options):
-    """-> (results, per text its images best first and the rank of its own, per image its texts best first and the rank of its first own)."""
+    """-> (results, per text its images best first and the rank of its own, per image its texts
+    best first and the rank of its first own).
+    """
     tokens = data.Ragged([row[:length].tolist() for row, length in zip(input_ids, mask.sum(1))])
     examples = SimpleNamespace(tokens=tokens, records=[SimpleNamespace(id=str(i)) for i in range(len(input_ids))])
     chosen = evaluation.EvaluationSet("xflickrco", {"en": examples}, pictures, {"en": image_of_text.numpy()}, [])
@@ -672,13 +724,16 @@ def test_uc2_retrieval_metrics(path):
     golden = load(path)
     inputs, outputs = golden["inputs"], golden["outputs"]
     model = uc2.from_finetuned(golden["state_dict"], uc2_config(golden), "xflickrco", "golden")
-    features = torch.nn.functional.pad(inputs["features_first12"], (0, golden["config"]["v_feature_size"] - inputs["features_first12"].shape[-1]))
+    features = torch.nn.functional.pad(inputs["features_first12"],
+                                       (0, golden["config"]["v_feature_size"] - inputs["features_first12"].shape[-1]))
     pictures = GoldenPictures(features=features, locations=inputs["locations"], region_mask=inputs["image_mask"])
-    results, by_text, by_image = golden_retrieval(model, pictures, inputs["input_ids"], inputs["input_mask"], golden["caption_image_index"])
+    results, by_text, by_image = golden_retrieval(model, pictures, inputs["input_ids"], inputs["input_mask"],
+                                                  golden["caption_image_index"])
     for kind, ranks in (("image", by_text), ("text", by_image)):
         recalls = outputs[f"{kind}_retrieval_r1_r5_r10_medr_meanr"]
         for recall, k in zip(recalls, (1, 5, 10)):
-            assert results[f"{kind}_recall_at_{k}"] == pytest.approx(recall.item(), abs=1e-3)  # the reference rounds fractions
+            # the reference rounds fractions
+            assert results[f"{kind}_recall_at_{k}"] == pytest.approx(recall.item(), abs=1e-3)
         assert sum(1 + rank for _, rank in ranks) / len(ranks) == pytest.approx(recalls[4].item(), abs=1e-3)
     assert [images for images, _ in by_text] == outputs["top_images_per_caption"].tolist()
 
@@ -687,22 +742,27 @@ def test_uc2_retrieval_metrics(path):
 def test_cclm_reranking(path):
     """The k_test candidates of every text and of every image, in the order of their scores, and the recalls.
 
-    What is not scored stands in arbitrary order behind: a recall beyond k_test is only compared where all are within it.
+    What is not scored stands in arbitrary order behind: a recall beyond k_test is
+    only compared where all are within it.
     """
     golden = load(path)
     model, reference = cclm_pretrained(golden, "xflickrco", "res_pretrain"), golden["eval"]
     k, mask = reference["k_test"], reference["attention_mask"]
-    image_states, text_states = model.encode_images({"images": reference["images"]}), model.encode_texts(reference["input_ids"], mask)
+    image_states = model.encode_images({"images": reference["images"]})
+    text_states = model.encode_texts(reference["input_ids"], mask)
     assert_close(model.image_features(image_states) @ model.text_features(text_states).T, reference["cosine_i2t"])
-    results, by_text, by_image = golden_retrieval(model, GoldenPictures(images=reference["images"]), reference["input_ids"], mask, reference["txt2img"], candidates=k)
+    results, by_text, by_image = golden_retrieval(model, GoldenPictures(images=reference["images"]),
+                                                  reference["input_ids"], mask, reference["txt2img"], candidates=k)
     for scores, found in ((reference["score_t2i"], by_text), (reference["score_i2t"], by_image)):
         assert ((scores > -100).sum(1) == k).all()
         assert [order[:k] for order, _ in found] == scores.argsort(1, descending=True)[:, :k].tolist()
     for ours, theirs in (("text", "txt"), ("image", "img")):
         for at in (1, 5, 10):
             if at <= k or at >= max(reference["cosine_i2t"].shape):
-                assert results[f"{ours}_recall_at_{at}"] == pytest.approx(reference["metrics"][f"{theirs}_r{at}"].item())
+                assert results[f"{ours}_recall_at_{at}"] == pytest.approx(
+                    reference["metrics"][f"{theirs}_r{at}"].item())
     memory = model.image_memory(image_states)
     for image, row in enumerate(reference["score_i2t"]):
         scored = (row > -100).nonzero()[:, 0]
-        assert_close(model.match_scores(text_states[scored], mask[scored], select(memory, slice(image, image + 1))), row[scored])
+        assert_close(model.match_scores(text_states[scored], mask[scored], select(memory, slice(image, image + 1))),
+                     row[scored])

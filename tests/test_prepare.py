@@ -60,7 +60,8 @@ def edit_array(path, change):
 def test_check_passes_on_the_miniature(world):
     done = subprocess.run([sys.executable, ROOT / "data.py", "--check", world], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "possible: cclm xgqa, uc2 xgqa, cclm xvnli, uc2 xvnli, cclm xflickrco, uc2 xflickrco"
+    possible = "possible: cclm xgqa, uc2 xgqa, cclm xvnli, uc2 xvnli, cclm xflickrco, uc2 xflickrco"
+    assert done.stdout.splitlines()[-1] == possible
     assert "error" not in done.stdout
 
 
@@ -88,8 +89,8 @@ def test_check_of_an_empty_folder_lists_everything(tmp_path, capsys):
 
 
 def test_check_of_no_folder(tmp_path):
-    assert run_script("data.py", "--check", tmp_path / "nothing") == (2, "",
-                                                                      f"error: {tmp_path / 'nothing'}: no such folder\n")
+    error = f"error: {tmp_path / 'nothing'}: no such folder\n"
+    assert run_script("data.py", "--check", tmp_path / "nothing") == (2, "", error)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--convert", "a"], ["--check", "a", "--convert", "a", "b"],
@@ -164,7 +165,8 @@ def lose_question(folder):
 
 def swap_statements(folder):
     edit_lines(folder / XVNLI / "fr/test.jsonl",
-               lambda lines: lines[0].update(gold_label="neutral" if lines[0]["gold_label"] != "neutral" else "entailment"))
+               lambda lines: lines[0].update(
+                   gold_label="neutral" if lines[0]["gold_label"] != "neutral" else "entailment"))
 
 
 def hard_negatives(pools):
@@ -196,10 +198,12 @@ CHANGES = {  # name -> (what is done to the folder, level, task, part of the fin
     "train on test": (train_on_test, "error", "xgqa", "train and test share 1 of"),
     "few-shot is test": (few_shot_is_test, "error", "xgqa", "few-shot and test share"),
     "dev shares images with test": (lambda f: edit_lines(f / XVNLI / "en/dev.jsonl",
-                                                         lambda lines: lines[0].update(Flikr30kID=first_image(f, "xvnli", "test"))),
+                                                         lambda lines: lines[0].update(
+                                                             Flikr30kID=first_image(f, "xvnli", "test"))),
                                     "error", "xvnli", "dev and test share 1 of"),
     "train has test pairs": (lambda f: edit_lines(f / XVNLI / "en/train.jsonl",
-                                                  lambda lines: lines + [json.loads((f / XVNLI / "en/test.jsonl").open().readline())]),
+                                                  lambda lines: lines + [json.loads(
+                                                      (f / XVNLI / "en/test.jsonl").open().readline())]),
                              "error", "xvnli", "statements (such as"),
     "captions trained on": (lambda f: edit_lines(f / "flickr30k/annotations/train_ann.jsonl",
                                                  lambda lines: lines[0].update(img_path=first_image(f, "xflickrco",
@@ -228,7 +232,8 @@ CHANGES = {  # name -> (what is done to the folder, level, task, part of the fin
                     "xflickrco", "is missing, en has it (1 of"),
     "other label": (swap_statements, "error", "xvnli", "has answer"),
     "unknown test answers": (lambda f: [edit_json(f / XGQA / language / "test.json",
-                                                  lambda questions: next(iter(questions.values())).update(answer="bottle cap"))
+                                                  lambda questions: next(
+                                                      iter(questions.values())).update(answer="bottle cap"))
                                         for language in data.LANGUAGES["xgqa"]], "note", "xgqa",
                              "1 of 20 answers are not among the labels and can never be right"),
     "unknown training answer": (lambda f: edit_json(f / "gqa/annotations/train.json",
@@ -273,7 +278,8 @@ def test_check_finds(name, folder, capsys):
     found = [finding for finding in report["findings"] if text in finding["text"]]
     assert found, [finding["text"] for finding in report["findings"]]
     assert {finding["level"] for finding in found} == {level} and task in {finding["task"] for finding in found}
-    assert code == int(level == "error"), [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
+    assert code == int(level == "error"), [finding["text"] for finding in report["findings"]
+                                           if finding["level"] == "error"]
     assert all(finding["text"].isprintable() for finding in report["findings"])
     for run, entry in report["runs"].items():
         if level == "error" and task and task in run:
@@ -283,7 +289,8 @@ def test_check_finds(name, folder, capsys):
 def test_check_reads_label_ids_and_arrays(folder, capsys):
     label_ids(folder)
     hard_negatives(lambda n: np.stack([np.roll(np.arange(n),
-                                               -i)[:5] for i in range(n)]).astype(np.float64))(folder)  # as the reference writes it
+                                               # as the reference writes it
+                                               -i)[:5] for i in range(n)]).astype(np.float64))(folder)
     assert prepare.check(str(folder), as_json=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["counts"]["xgqa"]["en"]["train"]["file"] == "gqa/annotations/train_target.pkl"
@@ -353,7 +360,8 @@ def tsv_line(key, features, boxes, size, columns=10):
     ids, scores = encode(np.zeros(n, np.int64)), encode(np.zeros(n, np.float32))
     fields = [key, size[1], size[0], ids, scores, ids, scores, n, encode(boxes), encode(features)]
     return b"\t".join(field if isinstance(field,
-                                          bytes) else str(field).encode() for field in (fields + rest)[:columns]) + b"\n"
+                                          bytes) else str(field).encode()
+                      for field in (fields + rest)[:columns]) + b"\n"
 
 
 def write_tsv(path, found, columns=10):
@@ -480,7 +488,8 @@ def test_convert_refuses(name, write_source, tmp_path):
         prepare.convert([str(source)], str(tmp_path / "features"))
     assert message in str(error.value)
     key = found[1][0]
-    assert f"image '{key}'" in str(error.value) or f"line 2, image {key}" in str(error.value) or f"source/{key}" in str(error.value)
+    assert f"image '{key}'" in str(
+        error.value) or f"line 2, image {key}" in str(error.value) or f"source/{key}" in str(error.value)
     assert os.listdir(tmp_path) == ["source"]  # nothing half-written stays
 
 
@@ -528,7 +537,8 @@ def test_convert_refuses_source(name, tmp_path):
     make(tmp_path / "source")
     with pytest.raises(InputError) as error:
         prepare.convert([str(tmp_path / "source")], str(tmp_path / "features"))
-    assert message in str(error.value) and str(error.value).isprintable() and str(tmp_path / "source") in str(error.value)
+    assert message in str(error.value) and str(error.value).isprintable()
+    assert str(tmp_path / "source") in str(error.value)
     assert not (tmp_path / "features").exists() and not list(tmp_path.glob("*partial*"))
 
 
@@ -564,7 +574,8 @@ def test_convert_of_a_damaged_h5_file(tmp_path):
 
 def test_convert_asks_for_space_before_it_writes(tmp_path):
     write_tsv(tmp_path / "source", detections(1, 100, 8))
-    os.truncate(tmp_path / "source", 1 << 43)  # 8 TB of nothing, which take no space: the estimate goes by the size of the file
+    # 8 TB of nothing, which take no space: the estimate goes by the size of the file
+    os.truncate(tmp_path / "source", 1 << 43)
     with pytest.raises(InputError, match=r"GB free, but [\d.]+ GB are needed"):
         prepare.convert([str(tmp_path / "source")], str(tmp_path / "features"))
 

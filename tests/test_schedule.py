@@ -1,5 +1,6 @@
-"""Tests of schedule.py: the pure functions against hand-written tables, the effect on real optimizers, what goes wrong when
-it is held wrong, DDP, torch.compile, the preview, and the README's section "Copy this file" (its code runs, its output holds).
+"""Tests of schedule.py: the pure functions against hand-written tables, the effect on real optimizers,
+what goes wrong when it is held wrong, DDP, torch.compile, the preview, and the README's section "Copy
+this file" (its code runs, its output holds).
 """
 
 import os
@@ -105,7 +106,8 @@ def test_suf_is_the_papers_table(num_layers, counts):
 def test_suf_follows_any_order():
     assert [suf(e, 4, 1) for e in range(5)] == [{3}, {3, 2}, {3, 2, 1}, {0, 1, 2, 3}, {0, 1, 2, 3}]  # ULMFiT
     assert [suf(e, 4, 2, range(4)) for e in range(2)] == [{0, 1}, {0, 1, 2, 3}]  # bottom-up
-    assert [suf(e, 5, 2, [2, 0, 4, 1, 3]) for e in range(3)] == [{0, 2}, {0, 1, 2, 4}, {0, 1, 2, 3, 4}]  # ranked elsewhere
+    # ranked elsewhere
+    assert [suf(e, 5, 2, [2, 0, 4, 1, 3]) for e in range(3)] == [{0, 2}, {0, 1, 2, 4}, {0, 1, 2, 3, 4}]
     assert [len(suf(step // 100, 4, 1)) for step in (0, 99, 100, 250, 1000)] == [1, 1, 2, 3, 4]  # by steps
 
 
@@ -159,7 +161,9 @@ def test_frozen_layers_stay_bit_identical_and_thawed_layers_move(optimizer_name)
 
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 def test_freezing_clears_stale_gradients(optimizer_name):
-    """Freeze between backward and step, in a loop that never zeroes gradients: requires_grad alone would not stop the layer."""
+    """Freeze between backward and step, in a loop that never zeroes gradients:
+    requires_grad alone would not stop the layer.
+    """
     model = new_classifier()
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     train_step(model, optimizer, 0)  # every parameter has a gradient, the optimizer has state
@@ -206,7 +210,8 @@ def test_suf_and_layer_decay_combine():
 
 
 def test_resume_equals_not_stopping(tmp_path):
-    """Stop in the middle of the second phase, load into new objects: parameters and optimizer state agree bit for bit."""
+    """Stop in the middle of the second phase, load into new objects: parameters and optimizer state agree bit for bit.
+    """
     steps_per_epoch, steps = 4, 16
 
     def run(model, optimizer, first_step, last_step):
@@ -275,7 +280,8 @@ def test_frozen_is_not_eval_mode():
 
 
 def test_gradient_checkpointing():
-    """use_reentrant=False gives the gradients of the plain model, also when nothing below the thawed layers needs any."""
+    """use_reentrant=False gives the gradients of the plain model, also when nothing below the thawed layers needs any.
+    """
     plain, checkpointed = new_classifier(), new_classifier(checkpointing=True)
     for model in (plain, checkpointed):
         model.embedding.requires_grad_(False)
@@ -363,11 +369,13 @@ def test_unknown_layer_is_refused():
 # DDP and torch.compile
 
 
-PHASES = [suf(0, NUM_LAYERS, k=2), suf(1, NUM_LAYERS, k=2), suf(2, NUM_LAYERS, k=2), {0, 5}]  # the last one freezes again
+# the last one freezes again
+PHASES = [suf(0, NUM_LAYERS, k=2), suf(1, NUM_LAYERS, k=2), suf(2, NUM_LAYERS, k=2), {0, 5}]
 
 
 def train_phases(rank, ranks, rewrap):
-    """Two steps per phase on this rank's share of each batch; returns the gradients of each step and the final weights."""
+    """Two steps per phase on this rank's share of each batch; returns the gradients of each step and the final weights.
+    """
     model = new_classifier()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     replica, history = model if ranks == 1 else None, []
@@ -430,7 +438,8 @@ def test_ddp_wrapped_once_silently_diverges(two_ranks):
 def test_compile_across_phases_equals_eager():
     """Reset at each phase: gradients equal eager's, frozen layers stay, thawed ones move."""
     torch.compiler.reset()
-    models = [nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 8), nn.Linear(8, 2)) for _ in range(2)]
+    models = [nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 8), nn.Linear(8, 2))
+              for _ in range(2)]
     eager, model = models
     eager.load_state_dict(model.state_dict())
     x, labels = torch.randn(4, 8), torch.tensor([0, 1, 1, 0])
@@ -500,7 +509,8 @@ def test_mean_share_of_all_compute():
 
 
 def run_cli(*arguments):
-    return subprocess.run([sys.executable, ROOT / "schedule.py", *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, ROOT / "schedule.py", *arguments], capture_output=True,
+                          text=True, timeout=60)
 
 
 def rows_of(text):
@@ -590,7 +600,8 @@ def copy_section():
 
 
 def test_readme_examples_run_and_print_what_the_readme_shows(tmp_path):
-    """Each python or bash block that is followed by a text block prints exactly that, next to a copy of the file alone."""
+    """Each python or bash block that is followed by a text block prints exactly that, next to a copy of the file alone.
+    """
     shutil.copy(ROOT / "schedule.py", tmp_path)
     examples = re.findall(r"```(python|bash)\n(.*?)```\s*```text\n(.*?)```", copy_section(), re.DOTALL)
     assert [language for language, _, _ in examples].count("python") >= 2, "one example for each of the two models"

@@ -1,0 +1,125 @@
+"""The embedded miniature as a user meets it: shipped files, the world on disk, every model and task through the CLI, --build, --show."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+import files
+import mini
+import mini_pretrain
+import train
+from model import read_checkpoint
+
+SHIPPED = ROOT / "miniature"
+
+
+@pytest.mark.parametrize("model", ["cclm", "uc2"])
+def test_shipped_files_are_small_and_belong_together(model):
+    tensors, config = read_checkpoint(SHIPPED / f"{model}.pt")
+    assert (SHIPPED / f"{model}.pt").stat().st_size <= 1_000_000
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert config["tokenizer_sha256"] == hashlib.sha256((SHIPPED / "tokenizer.model").read_bytes()).hexdigest()
+    assert config["pretraining"] == {"size": "small", "seed": 0, "steps": mini_pretrain.PRETRAINING["small"].steps}
+    assert set(config["recipe"]) == set(data.LANGUAGES)
+
+
+def test_the_tokenizer_reads_every_script_and_is_rebuilt_bit_for_bit(tmp_path):
+    tokenizer = data.Tokenizer(str(SHIPPED / "tokenizer.model"))
+    world, _, _ = mini.prepare("cclm", True)
+    for task, languages in data.LANGUAGES.items():
+        for language in languages:
+            rows = tokenizer([record.text for record in data.read_records(world, task, "test", language)[1]])
+            assert data.UNK not in set(rows.values.tolist()), language
+    mini.train_tokenizer(tmp_path / "tokenizer.model", "small")
+    assert (tmp_path / "tokenizer.model").read_bytes() == (SHIPPED / "tokenizer.model").read_bytes()
+
+
+def test_check_finds_all_six_pairs_possible(capsys):
+    world, _, _ = mini.prepare("uc2", True)
+    with pytest.raises(SystemExit) as end:
+        data.main(["--check", world])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and "error" not in printed and "missing" not in printed
+    assert "possible: cclm xgqa, uc2 xgqa, cclm xvnli, uc2 xvnli, cclm xflickrco, uc2 xflickrco" in printed
+
+
+def test_the_first_command_on_a_few_examples(tmp_path):
+    """In a new process and another folder, as a user runs it."""
+    command = [sys.executable, ROOT / "train.py", "--model", "cclm", "--task", "xgqa", "--suf", "--limit", "128"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    results = json.loads((tmp_path / "runs/cclm-xgqa-suf-seed0/results.json").read_text())
+    assert set(results["languages"]) == {"en", "de", "pt", "ru", "id", "zh", "ko", "bn"}
+    assert set(results["languages"]["de"]["by_type"]) == {"verify", "query", "choose", "logical"}
+    assert "mean of 7 others" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("to compare: python train.py --model cclm --task xgqa")
+
+
+@pytest.mark.parametrize("strategy", [[], ["--suf"]], ids=["standard", "suf"])
+@pytest.mark.parametrize("task", ["xgqa", "xvnli", "xflickrco"])
+@pytest.mark.parametrize("model", ["cclm", "uc2"])
+def test_every_pair_trains_and_evaluates(model, task, strategy, tmp_path):
+    run = tmp_path / "run"
+    train.main(["--model", model, "--task", task, *strategy, "--limit", "64", "--epochs", "2", "--workers", "0", "--run", str(run)])
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["languages"]) == list(data.LANGUAGES[task])
+    assert {path.stem for path in (run / "predictions").iterdir()} == set(data.LANGUAGES[task])
+    means = results["mean_zero_shot"]
+    assert all(0 <= mean <= 100 for mean in (means.values() if isinstance(means, dict) else [means]))
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """Pre-training of a few steps on a few sentences, of the same models."""
+    small = dataclasses.replace(mini_pretrain.PRETRAINING["small"], scenes=60, sentences=200, steps=6, phrase_steps=3, vision_steps=2)
+    monkeypatch.setitem(mini_pretrain.PRETRAINING, "small", small)
+
+
+@pytest.mark.parametrize("model", ["cclm", "uc2"])
+def test_build_gives_the_same_checkpoint_twice_and_it_trains(model, little, tmp_path, capsys):
+    for folder in ("one", "two"):
+        mini.main(["--build", "--model", model, "--out", str(tmp_path / folder)])
+    assert "--checkpoint" in capsys.readouterr().out  # the command that uses it
+    built, again, shipped = (read_checkpoint(folder / f"{model}.pt")[0] for folder in (tmp_path / "one", tmp_path / "two", SHIPPED))
+    assert {name: tensor.shape for name, tensor in built.items()} == {name: tensor.shape for name, tensor in shipped.items()}
+    assert all(torch.equal(tensor, again[name]) for name, tensor in built.items())
+    mini.main(["--build", "--model", model, "--seed", "1", "--out", str(tmp_path / "three")])
+    other = read_checkpoint(tmp_path / "three" / f"{model}.pt")[0]
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in built.items())
+    train.main(["--model", model, "--task", "xvnli", "--data", mini.WORLD, "--checkpoint", str(tmp_path / "one" / f"{model}.pt"),
+                "--tokenizer", str(tmp_path / "one" / "tokenizer.model"), "--run", str(tmp_path / "run"), "--dry-run"])
+
+
+def test_a_world_is_written_once_and_nothing_else_is_overwritten(tmp_path, capsys):
+    world = tmp_path / "world"
+    mini.write_world(str(world), "small")
+    label_map = world / "gqa/annotations/trainval_ans2label.json"
+    written = label_map.stat().st_mtime_ns
+    mini.write_world(str(world), "small")
+    assert label_map.stat().st_mtime_ns == written
+    (world / "made_by.txt").write_text("another version\n")
+    mini.write_world(str(world), "small")
+    assert label_map.stat().st_mtime_ns > written and "writing it anew" in capsys.readouterr().out
+    (world / "made_by.txt").unlink()
+    with pytest.raises(files.InputError, match="not a world of the miniature"):
+        mini.write_world(str(world), "small")
+    assert label_map.exists() and [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+def test_contact_sheet(tmp_path, capsys):
+    runs = [tmp_path / "standard", tmp_path / "suf"]
+    for run, strategy in zip(runs, ([], ["--suf"])):
+        train.main(["--model", "uc2", "--task", "xgqa", *strategy, "--limit", "200", "--epochs", "1", "--workers", "0", "--run", str(run)])
+    mini.main(["--show", *map(str, runs), "--out", str(tmp_path / "sheet.png")])
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG" and sheet.width > 1000 and len(sheet.getcolors(1 << 24)) > 100
+    with pytest.raises(SystemExit) as end:
+        mini.main(["--show", str(runs[0]), str(tmp_path / "nowhere"), "--out", str(tmp_path / "other.png")])
+    assert end.value.code == 2 and "nowhere" in capsys.readouterr().err and not (tmp_path / "other.png").exists()
