@@ -27,7 +27,7 @@ import os
 import re
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,7 +67,7 @@ PAPER_TABLE_1 = {  # where its mean of the others is not the one of Tables 4 to 
     ("cclm", "suf", "xflickrco", "text_recall_at_1"): 66.7,
 }
 PAPER_TOP_LAYERS = {"en": 61.9, "others": 49.7}  # Table 2, "CM only": CCLM on xGQA
-PAPER_FEW_SHOT = {"standard": (31.9, 44.3), "suf": (41.3, 46.7)}  # Table 3, UC2 on xGQA: mean of the others before, after
+PAPER_FEW_SHOT = {"standard": (31.9, 44.3), "suf": (41.3, 46.7)}  # Table 3, UC2 on xGQA: the others before, after
 PAPER_ALIGNMENT = {  # Figure 4, UC2: similarity with English per language, and of unpaired examples, times 100
     ("xgqa", "standard"): ({"bn": 33, "de": 61, "id": 53, "ko": 39, "pt": 49, "ru": 52, "zh": 56}, 20),
     ("xgqa", "suf"): ({"bn": 43, "de": 78, "id": 69, "ko": 59, "pt": 68, "ru": 70, "zh": 70}, 22),
@@ -75,11 +75,11 @@ PAPER_ALIGNMENT = {  # Figure 4, UC2: similarity with English per language, and 
     ("xvnli", "suf"): ({"ar": 76, "es": 79, "fr": 89, "ru": 84}, 62),
 }
 FOOTNOTES = {  # where the paper contradicts itself
-    "xvnli": "the paper's means of UC2 on XVNLI are 61.7 and 61.2 (SUF) in its Table 1, but 61.9 and 61.7 in its Table 4, "
-             "whose rows average to the latter",
-    "xflickrco": "the paper's mean of CCLM + SUF (TR) is 66.7 in its Table 1 and 66.1 in its Table 6, whose row averages to "
-                 "the latter; its row of UC2 (IR) averages to 22.0 and not to the printed 20.0: the German 39.3 may be a "
-                 "misprint",
+    "xvnli": "the paper's means of UC2 on XVNLI are 61.7 and 61.2 (SUF) in its Table 1, but 61.9 and 61.7 in its "
+             "Table 4, whose rows average to the latter",
+    "xflickrco": "the paper's mean of CCLM + SUF (TR) is 66.7 in its Table 1 and 66.1 in its Table 6, whose row "
+                 "averages to the latter; its row of UC2 (IR) averages to 22.0 and not to the printed 20.0: the German "
+                 "39.3 may be a misprint",
 }
 
 
@@ -168,7 +168,8 @@ def grouped(runs):
             raise InputError(f"{run.folder} and {arm[run.args.seed].folder} are runs of the same strategy and seed")
         different = [name for name, condition in run.conditions.items() if other.conditions.get(name) != condition]
         if different:
-            raise InputError(f"{run.folder} and {other.folder} cannot share a table: they differ in {', '.join(different)}")
+            raise InputError(f"{run.folder} and {other.folder} cannot share a table: "
+                             f"they differ in {', '.join(different)}")
         arm[run.args.seed] = run
     if not groups:
         raise InputError("none of these runs is one on English training data")
@@ -244,7 +245,7 @@ def differences(arm, baseline, metric, language):
 
 
 def tables(runs):
-    """Results over all tasks, then by language for each. The paper's rows stand below ours where the data is the real one."""
+    """Results over all tasks, then by language for each. The paper's rows stand below ours where the data is real."""
     groups = grouped(runs)
     overview, details, notes = [], defaultdict(list), {}
     for model in ("uc2", "cclm"):
@@ -272,8 +273,31 @@ def tables(runs):
     for number, task in enumerate(TASKS, start=4):
         note = [notes[task]] if task in notes else []
         if details[task]:
+            folders = {run.args.data for (_, one), arms in groups.items() if one == task
+                       for arm in arms.values() for run in arm.values()}
+            details[task] += majority_rows(task, folders) if len(folders) == 1 else []
             result.append(Table(f"table{number}", f"Table {number}: {TASKS[task]} by language", details[task], note))
     return result
+
+
+def majority_rows(task, folders):
+    """Accuracy of answers given without looking: the test set's most frequent one, also of each question type.
+
+    The same for every language, whose items are translations of each other. Nothing for retrieval, or where the data is
+    no longer there.
+    """
+    folder, = folders
+    if task == "xflickrco" or not os.path.isdir(folder):
+        return []
+    records = data.read_records(folder, task, "test")[1]
+    answers = [(record.type, next(iter(record.answers), record.label)) for record in records]
+    types = {kind: Counter(answer for of, answer in answers if of == kind) for kind in {kind for kind, _ in answers}}
+    found = {"baseline: the most frequent answer": Counter(answer for _, answer in answers).most_common(1)[0][1]}
+    if task == "xgqa":
+        by_type = sum(counts.most_common(1)[0][1] for counts in types.values())
+        found["baseline: the most frequent answer of each question type"] = by_type
+    columns = [*data.LANGUAGES[task], "others"]
+    return [{"": name} | dict.fromkeys(columns, 100 * count / len(records)) for name, count in found.items()]
 
 
 def is_real(arm):
@@ -289,7 +313,8 @@ def curves(runs):
     """Accuracy per epoch and language; and every arm beside standard fine-tuning at equal English accuracy."""
     result = []
     for (model, task), arms in grouped(runs).items():
-        curved = {strategy: arm for strategy, arm in arms.items() if all(run.evaluated_by_epoch for run in arm.values())}
+        curved = {strategy: arm for strategy, arm in arms.items()
+                  if all(run.evaluated_by_epoch for run in arm.values())}
         without = ", ".join(label(strategy) for strategy in arms if strategy not in curved)
         notes = [f"left out, not evaluated after every epoch: {without}"] if without else []
         languages = [*data.LANGUAGES[task], "others"]
@@ -303,7 +328,8 @@ def curves(runs):
                 panels.append({"title": label(strategy), "x": "epoch", "lines": lines})
             name = f"Figure 2: {title(model, task)}, {heading} after each epoch"
             result.append(Table(f"curves-{model}-{task}-{metric}", name, rows, notes, panels))
-            rows = [equal_english_row(label(strategy), arm, curved["standard"], metric) for strategy, arm in curved.items()
+            rows = [equal_english_row(label(strategy), arm, curved["standard"], metric)
+                    for strategy, arm in curved.items()
                     if strategy != "standard" and arm.keys() & curved.get("standard", {}).keys()]
             if rows:
                 name = f"{title(model, task)}, {heading}: mean of the others at equal English"
@@ -313,9 +339,9 @@ def curves(runs):
     return result
 
 
-EQUAL_ENGLISH = ("equal English: for each seed the lower of the two arms' best English accuracies over the epochs. Each arm's "
-                 "mean of the others is taken where its English first reaches this, linear between two epochs (after the "
-                 "first epoch if it is there already)")
+EQUAL_ENGLISH = ("equal English: for each seed the lower of the two arms' best English accuracies over the epochs. "
+                 "Each arm's mean of the others is taken where its English first reaches this, linear between two "
+                 "epochs (after the first epoch if it is there already)")
 
 
 def equal_english_row(name, arm, standard, metric):
@@ -330,8 +356,8 @@ def equal_english(arm, standard, metric):
     """-> for every seed that both have: (English, mean of the others of `standard` there, of `arm` there)."""
     result = []
     for seed in [seed for seed in arm if seed in standard]:
-        pair = [[(value(results, metric, "en"), value(results, metric, "others")) for results in some[seed].epochs.values()]
-                for some in (standard, arm)]
+        pair = [[(value(results, metric, "en"), value(results, metric, "others"))
+                 for results in some[seed].epochs.values()] for some in (standard, arm)]
         english = min(max(en for en, _ in curve) for curve in pair)
         result.append((english, *(at_english(curve, english) for curve in pair)))
     return result
@@ -362,9 +388,10 @@ def types(runs):
         for strategy, arm in arms.items():
             epochs = sorted(set.intersection(*(set(run.epochs) for run in arm.values())))
             for where in ("others", "en"):
-                here = [{name: summarize(of_type(run.epochs[epoch], name, where) for run in arm.values()) for name in names}
-                        for epoch in epochs]
-                rows += [{"": label(strategy), "languages": where, "epoch": epoch} | row for epoch, row in zip(epochs, here)]
+                here = [{name: summarize(of_type(run.epochs[epoch], name, where) for run in arm.values())
+                         for name in names} for epoch in epochs]
+                rows += [{"": label(strategy), "languages": where, "epoch": epoch} | row
+                         for epoch, row in zip(epochs, here)]
                 if where == "others":
                     for name in names:
                         lines[name][label(strategy)] = (epochs, [row[name].mean for row in here])
@@ -386,7 +413,7 @@ def of_type(results, name, where):
 
 
 def alignment(runs, epoch=None):
-    """Similarity of <s> between translations for all pairs of languages, of unpaired texts; its correlation with accuracy."""
+    """Similarity of <s> between translations, per pair of languages; of unpaired texts; correlation with accuracy."""
     matrices, rows, panels = [], [], []
     for (model, task), arms in grouped(runs).items():
         languages = data.LANGUAGES[task]
@@ -400,7 +427,8 @@ def alignment(runs, epoch=None):
             panels.append({"title": name, "labels": languages, "matrix": mean.tolist()})
             known = [number for number in correlation if number is not None]
             rows.append({"": name, "with English": summarize(matrix[0, 1:].mean() for matrix in similar),
-                         "all pairs": summarize(matrix[pairs].mean() for matrix in similar), "unpaired": summarize(baseline),
+                         "all pairs": summarize(matrix[pairs].mean() for matrix in similar),
+                         "unpaired": summarize(baseline),
                          "Pearson": f"{statistics.fmean(known):.2f}" if known else "undefined"})
             if model == "uc2" and is_real(arm) and (task, strategy) in PAPER_ALIGNMENT:
                 printed, unpaired = PAPER_ALIGNMENT[task, strategy]
@@ -413,13 +441,16 @@ def alignment(runs, epoch=None):
     return [*matrices, Table("alignment", "Figure 4: alignment", rows, [ALIGNMENT], panels)]
 
 
-ALIGNMENT = ("cosine similarity, times 100, of the last layer's state of <s> between the translations of a test item, mean over "
-             "items; unpaired: 100,000 random pairs of different items in random languages; Pearson: over languages, between "
-             "similarity with English and zero-shot accuracy, mean over seeds")
+ALIGNMENT = ("cosine similarity, times 100, of the last layer's state of <s> between the translations of a test item, "
+             "mean over items; unpaired: 100,000 random pairs of different items in random languages; Pearson: over "
+             "languages, between similarity with English and zero-shot accuracy, mean over seeds")
 
 
 def align(run, epoch):
-    """One run -> (similarity of all pairs of languages, of unpaired texts, correlation of that with English and accuracy)."""
+    """One run -> (similarity of all pairs of languages, of unpaired texts, correlation with accuracy).
+
+    Correlated over the other languages: similarity with English, and accuracy; None without results of the epoch.
+    """
     vectors = probe.sentence_vectors(run.folder, epoch)
     similar, results = 100 * probe.similarity(vectors), run.results if epoch is None else run.epochs.get(epoch)
     accuracies = [results[language]["accuracy"] for language in data.LANGUAGES[run.args.task][1:]] if results else []
@@ -431,7 +462,7 @@ def align(run, epoch):
 
 
 def strategies(runs):
-    """Every strategy against standard fine-tuning and against SUF; standard runs changed after training; drift; cost."""
+    """Every strategy against standard fine-tuning and against SUF; standard runs changed afterwards; drift; cost."""
     result = []
     for (model, task), arms in grouped(runs).items():
         made, details = post_hoc_arms(model, task, arms.get("standard", {}))
@@ -440,7 +471,8 @@ def strategies(runs):
         for strategy, arm in arms.items():
             moved = [probe.drift(run.folder) for run in arm.values()]
             rows.append({"": label(strategy)} | {part: summarize(one[part] for one in moved) for part in moved[0]})
-        name = f"{title(model, task)}: distance from the pre-trained weights, in percent of their norm (layer 1: bottom)"
+        name = (f"{title(model, task)}: distance from the pre-trained weights, "
+                "in percent of their norm (layer 1: bottom)")
         result += [Table(f"drift-{model}-{task}", name, rows), cost_table(model, task, arms)]
     return result
 
@@ -472,12 +504,13 @@ def decay_panels(mean):
     """Figure 5 from the strategies' means of the others."""
     decays = sorted(float(strategy.removeprefix("decay")) for strategy in mean if strategy.startswith("decay"))
     lines = {"layer-wise decay": (decays, [mean[f"decay{decay:g}"] for decay in decays])}
-    lines |= {label(strategy): (decays, [mean[strategy]] * len(decays)) for strategy in ("standard", "suf") if strategy in mean}
+    lines |= {label(strategy): (decays, [mean[strategy]] * len(decays))
+              for strategy in ("standard", "suf") if strategy in mean}
     return [{"title": "mean of the other languages", "x": "decay per layer", "lines": lines}] if decays else []
 
 
-DIFFERENCES = ("mean over the seeds that both have, with a 95 % interval of Student's t; bootstrap: 95 % interval over test "
-               "images for the first of these seeds")
+DIFFERENCES = ("mean over the seeds that both have, with a 95 % interval of Student's t; bootstrap: 95 % interval over "
+               "test images for the first of these seeds")
 
 
 def difference_row(arm, baseline, metric):
@@ -510,7 +543,7 @@ def most_reverted(found, task):
 
 
 def post_hoc_arms(model, task, standard):
-    """-> ({strategy: {seed: run}}, tables with every depth and average) from the standard runs that have kept their epochs."""
+    """Standard runs that kept their epochs -> ({strategy: {seed: run}}, tables with every depth and average)."""
     kept = {seed: run for seed, run in standard.items()
             if all(os.path.isfile(os.path.join(run.folder, f"epoch{n}.pt")) for n in range(1, run.recipe.epochs + 1))}
     epochs = next(iter(kept.values())).recipe.epochs if kept else 1
@@ -537,7 +570,8 @@ def post_hoc_arms(model, task, standard):
                 row["en, development"] = summarize(some[f"dev {n}"]["en"][metric] for some in found.values())
             what = "mean of the weights, last epochs" if kind == "average" else "lower layers reverted"
             rows.append({"": f"{what}: {n}"} | row)
-        lines = {language: ([n for n, _ in depths], [row[language].mean for _, row in depths]) for language in ("en", "others")}
+        lines = {language: ([n for n, _ in depths], [row[language].mean for _, row in depths])
+                 for language in ("en", "others")}
         panel = {"title": "lower layers reverted", "x": "layers", "lines": lines}
         name = f"{title(model, task)}, {heading}: standard runs changed after training"
         result.append(Table(f"post-hoc-{model}-{task}-{metric}", name, rows, [note], [panel]))
@@ -557,8 +591,8 @@ def cost_table(model, task, arms):
         if "standard" in rows:  # it comes first
             rows[strategy] |= {f"{name}, % of standard": 100 * rows[strategy][name] / rows["standard"][name]
                                for name in ("ms per step", "optimizer MB")}
-    note = ("fastest of several steps on one batch, without loading it; mean over epochs. Optimizer: AdamW's state after the "
-            "last epoch")
+    note = ("fastest of several steps on one batch, without loading it; mean over epochs. Optimizer: AdamW's state "
+            "after the last epoch")
     return Table(f"cost-{model}-{task}", f"{title(model, task)}: cost of training", list(rows.values()), [note])
 
 
@@ -568,7 +602,8 @@ def cost_table(model, task, arms):
 
 def fewshot(runs):
     """Mean over languages before and after few-shot training, by the strategy of the English run."""
-    cases = defaultdict(lambda: defaultdict(dict))  # (model, task, shots) -> English strategy and seed -> language -> pair
+    # (model, task, shots) -> English strategy and seed -> language -> (English run, few-shot run)
+    cases = defaultdict(lambda: defaultdict(dict))
     for run in (run for run in runs if run.args.few_shot):
         english, language = read_run(english_folder(run)), run.args.few_shot
         pairs = cases[(*run.pair, run.args.shots)][english.strategy, english.args.seed]
@@ -585,11 +620,13 @@ def fewshot(runs):
             raise InputError(f"the few-shot runs of {model} on {task} with {shots} shots have no language in common")
         rows = []
         for strategy in sorted({strategy for strategy, _ in case}, key=rank):
-            seeds = [[pairs[language] for language in languages] for (name, _), pairs in case.items() if name == strategy]
+            seeds = [[pairs[language] for language in languages]
+                     for (name, _), pairs in case.items() if name == strategy]
             for metric, heading in evaluation.headline(task):
                 recall = {"recall": heading} if task == "xflickrco" else {}
                 rows.append({"": label(strategy)} | recall | few_shot_row(seeds, metric, languages))
-            if (model, task, shots) == ("uc2", "xgqa", 48) and is_real({0: seeds[0][0][1]}) and strategy in PAPER_FEW_SHOT:
+            if ((model, task, shots) == ("uc2", "xgqa", 48) and is_real({0: seeds[0][0][1]})
+                    and strategy in PAPER_FEW_SHOT):
                 before, after = PAPER_FEW_SHOT[strategy]
                 rows.append({"": f"{label(strategy)}: paper", "zero-shot": before, "few-shot": after})
         note = f"means over {', '.join(languages)}; every language with the model trained on its own {shots} images"
@@ -602,8 +639,8 @@ def few_shot_row(seeds, metric, languages):
     """seeds: for each a pair (English run, few-shot run) per language."""
     before, after = ([[value(pair[i].results, metric, language) for pair, language in zip(pairs, languages)]
                       for pairs in seeds] for i in (0, 1))
-    return {"zero-shot": summarize(map(statistics.fmean, before)), "few-shot": summarize(map(statistics.fmean, after))} | {
-        language: summarize(numbers) for language, numbers in zip(languages, zip(*after))}
+    return ({"zero-shot": summarize(map(statistics.fmean, before)), "few-shot": summarize(map(statistics.fmean, after))}
+            | {language: summarize(numbers) for language, numbers in zip(languages, zip(*after))})
 
 
 def english_folder(run):

@@ -1,7 +1,8 @@
 """Files of whatever origin -> plain Python values, or one line that says what is wrong with them.
 
-Everything a user brings goes through here: JSON, JSON lines, pickles, numpy arrays. Nothing in a file is executed, nothing
-damaged is accepted in silence, and every complaint is an `InputError`: which file, which record, what was expected.
+Everything a user brings goes through here: JSON, JSON lines, pickles, numpy arrays. Nothing in a file is executed,
+nothing damaged is accepted in silence, and every complaint is an `InputError`: which file, which record, what was
+expected.
 """
 
 import codecs
@@ -18,14 +19,14 @@ import numpy as np
 
 
 class InputError(ValueError):
-    """What a user gave cannot be used. The message is one line: which file, which record, what was expected, what to do."""
+    """What a user gave cannot be used. One line: which file, which record, what was expected, what to do."""
 
     def __init__(self, message):
         super().__init__(one_line(message))
 
 
 def one_line(message):
-    """Whatever a message quotes from a file, line breaks and endless strings included: one line of at most 1,000 characters."""
+    """One line of at most 1,000 characters, whatever a message quotes from a file: line breaks, endless strings."""
     message = "".join(character if character.isprintable() else " " for character in message)
     return message if len(message) <= 1000 else f"{message[:900]} … {message[-97:]}"
 
@@ -41,7 +42,7 @@ def read_bytes(path):
 
 
 def parse_json(content, where):
-    """bytes -> Python; InputError with the position for what is not UTF-8 or not JSON, and for a key that stands twice."""
+    """bytes -> Python; InputError with the position for what is not UTF-8 or not JSON, and for a key given twice."""
 
     def unique(pairs):
         found = dict(pairs)
@@ -77,11 +78,12 @@ def read_json(path):
 def read_jsonl(path):
     """-> [(line number, record)]; empty lines are not records."""
     lines = read_bytes(path).split(b"\n")
-    return [(number, parse_json(line, f"{path}, line {number}")) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [(number, parse_json(line, f"{path}, line {number}"))
+            for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 class PickledArray(list):
-    """A numpy array in a pickle, as a (nested) list: rebuilt from type, shape and bytes here, not by what the file asks to call."""
+    """A numpy array in a pickle, as a (nested) list: rebuilt from type, shape and bytes, not by what the file calls."""
 
     def __init__(self, *_):
         super().__init__()
@@ -119,20 +121,24 @@ def pickled_number(kind, content):
 
 
 REBUILT = {("numpy", "ndarray"): None, ("numpy", "dtype"): PickledType, ("_codecs", "encode"): raw_bytes,
-           ("numpy.core.multiarray", "_reconstruct"): PickledArray, ("numpy.core.multiarray", "scalar"): pickled_number,
-           ("numpy._core.multiarray", "_reconstruct"): PickledArray, ("numpy._core.multiarray", "scalar"): pickled_number}
+           ("numpy.core.multiarray", "_reconstruct"): PickledArray,
+           ("numpy.core.multiarray", "scalar"): pickled_number,
+           ("numpy._core.multiarray", "_reconstruct"): PickledArray,
+           ("numpy._core.multiarray", "scalar"): pickled_number}
 
 
 class PlainUnpickler(pickle._Unpickler):
     """Lists, dicts, strings, numbers, and numpy arrays as lists. Nothing that a file names is imported or called.
 
-    The unpickler that Python keeps beside the one in C (9 s slower on GQA's 943,000 questions), with the operations that such data need and no
-    other: a file of a few bytes can make the one in C fill the memory or crash. Tuples become lists, so no key of a dict can be one.
+    The unpickler that Python keeps beside the one in C (9 s slower on GQA's 943,000 questions), with the operations
+    that such data need and no other: a file of a few bytes can make the one in C fill the memory or crash. Tuples
+    become lists, so no key of a dict can be one.
     """
 
     def find_class(self, module, name):
         if (module, name) not in REBUILT:
-            raise InputError(f"refers to {module}.{name}; only plain lists, dicts, strings, numbers and arrays are accepted")
+            raise InputError(f"refers to {module}.{name}; "
+                             "only plain lists, dicts, strings, numbers and arrays are accepted")
         return REBUILT[module, name]
 
     def call(self):
@@ -155,10 +161,12 @@ class PlainUnpickler(pickle._Unpickler):
         first = len(self.stack) - count
         self.stack[first:] = [self.stack[first:]]
 
-    operations = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT LONG LONG1 BININT BININT1 BININT2 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING
-        UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS
+    operations = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT LONG LONG1 BININT BININT1 BININT2 FLOAT BINFLOAT
+        STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+        BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS
         PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL"""
-    dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in operations.split()}
+    dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+                for name in operations.split()}
     dispatch |= {pickle.TUPLE[0]: collect_marked, pickle.EMPTY_TUPLE[0]: lambda self: self.collect(0),
                  pickle.TUPLE1[0]: lambda self: self.collect(1), pickle.TUPLE2[0]: lambda self: self.collect(2),
                  pickle.TUPLE3[0]: lambda self: self.collect(3), pickle.REDUCE[0]: call, pickle.BUILD[0]: set_state}
@@ -171,7 +179,8 @@ def unpickle(content, where):
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{where}: not a readable pickle of plain data, or a truncated one ({type(error).__name__})") from None
+        raise InputError(f"{where}: not a readable pickle of plain data, or a truncated one "
+                         f"({type(error).__name__})") from None
 
 
 def read_pickle(path):
@@ -188,7 +197,8 @@ def map_array(path):
             warnings.simplefilter("error", UserWarning)  # of headers that no numpy of today writes
             return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a damaged header can raise anything
-        raise InputError(f"{path}: not a readable array of numbers, or a truncated one ({type(error).__name__})") from None
+        raise InputError(f"{path}: not a readable array of numbers, or a truncated one "
+                         f"({type(error).__name__})") from None
 
 
 def open_array(path, shape, types):
@@ -208,7 +218,7 @@ def require_space(folder, needed):
 
 
 def expect(record, key, kind, where):
-    """record[key], checked to be of a type (or one of a tuple of types); a string also to be made of characters, and of at most MAX_TEXT."""
+    """record[key], checked to be of a type (or one of a tuple of types); a string also by `check_text`."""
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object with the field '{key}', found {type(record).__name__}")
     if key not in record:
@@ -226,7 +236,8 @@ MAX_TEXT = 5000  # characters; the longest caption of the benchmark has 373
 def check_text(text, where):
     if len(text) > MAX_TEXT:
         raise InputError(f"{where}: {len(text):,} characters, more than the {MAX_TEXT:,} that any text may have")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):  # JSON can write what no file can hold
+    # half of a surrogate pair: JSON can write what no file can hold
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(f"{where}: {shorten(text)} has half a surrogate pair in it")
     return text
 
@@ -240,7 +251,8 @@ def identifier(value, where):
     """The id of a question or pair: a string or a number, as a string of printable characters."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise InputError(f"{where}: an id must be str or int, found {type(value).__name__} {shorten(value)}")
-    if isinstance(value, int) and abs(value) >= 10**18 or isinstance(value, str) and not (value.isprintable() and 0 < len(value) <= 100):
+    if (isinstance(value, int) and abs(value) >= 10**18
+            or isinstance(value, str) and not (value.isprintable() and 0 < len(value) <= 100)):
         raise InputError(f"{where}: {shorten(value)} is not an id (1 to 100 printable characters)")
     return str(value)
 
@@ -254,7 +266,7 @@ def image_key(value, where):
 
 
 def write(path, save):
-    """Write a file under a temporary name, force it to disk, then rename: the old file stays until the new one is complete."""
+    """Write a file under a temporary name, force it to disk, then rename: the old stays until the new is complete."""
     with open(f"{path}.part", "wb") as file:
         save(file)
         file.flush()

@@ -1,4 +1,4 @@
-"""The embedded miniature: the world of mini_world.py on disk, a tokenizer for it, and a tiny CCLM and UC2 pre-trained on it.
+"""The embedded miniature: the world of mini_world.py on disk, a tokenizer, and a tiny CCLM and UC2 pre-trained on it.
 
     python train.py --model cclm --task xgqa --suf      uses it; nothing here needs to be run by hand
     python mini.py --build                              makes tokenizer and checkpoints anew, from nothing
@@ -6,9 +6,10 @@
     python mini.py --build --size medium --out medium   a larger world and larger models
     python mini.py --show                               a contact sheet: scenes, questions, and what two runs answer
 
-`prepare` is what train.py calls where no data is given: it writes the world to mini_data/ once and names the shipped files in
-miniature/ (at most 1 MB each). From there on nothing knows that it is a miniature: IGLUE's files, official names of
-tensors, the ordinary tokenizer. Where the paper's recipe cannot fit, the checkpoint brings its own, and train.py prints it.
+`prepare` is what train.py calls where no data is given: it writes the world to mini_data/ once and names the shipped
+files in miniature/ (at most 1 MB each). From there on nothing knows that it is a miniature: IGLUE's files, official
+names of tensors, the ordinary tokenizer. Where the paper's recipe cannot fit, the checkpoint brings its own, and
+train.py prints it.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def write_world(folder, size):
 
 
 def train_tokenizer(path, size):
-    """A unigram model of romanised text, its vocabulary so small that languages share pieces. The same bytes every time."""
+    """A unigram model of romanised text, its vocabulary so small that languages share pieces. Same bytes every time."""
     corpus, path = mini_world.tokenizer_corpus(20_000, mini_world.WORLD_SIZES[size], WORLD_SEED), os.path.abspath(path)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the file records the paths it is given
         files.write("rules.tsv", lambda file: file.write(mini_languages.normalization_rules().encode()))
@@ -118,19 +119,22 @@ def write_checkpoint(path, name, model, tokenizer, size, how):
 
 
 def build(names, size, seed, steps, folder):
-    """Tokenizer and checkpoints in `folder`; for another world than the embedded one also its data, in `folder`/data."""
+    """Tokenizer and checkpoints in `folder`; for any world but the embedded one also its data, in `folder`/data."""
     os.makedirs(folder, exist_ok=True)
-    world, tokenizer_path = WORLD if size == "small" else os.path.join(folder, "data"), os.path.join(folder, "tokenizer.model")
+    world, tokenizer_path = (WORLD if size == "small" else os.path.join(folder, "data"),
+                             os.path.join(folder, "tokenizer.model"))
     write_world(world, size)
     train_tokenizer(tokenizer_path, size)
     tokenizer = data.Tokenizer(tokenizer_path)
+    steps = mini_pretrain.PRETRAINING[size].steps if steps is None else steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in names:
         model, accuracy = mini_pretrain.pretrain(name, size, tokenizer, seed, steps, device)
         path = os.path.join(folder, f"{name}.pt")
-        how = {"size": size, "seed": seed, "steps": steps or mini_pretrain.PRETRAINING[size].steps}
+        how = {"size": size, "seed": seed, "steps": steps}
         write_checkpoint(path, name, model, tokenizer, size, how)
-        print(f"{path}: {os.path.getsize(path) / 1e3:,.0f} kB, {sum(p.numel() for p in model.parameters()):,} parameters; "
+        print(f"{path}: {os.path.getsize(path) / 1e3:,.0f} kB, "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters; "
               "true statements told from false ones: " + ", ".join(f"{l} {a:.0%}" for l, a in sorted(accuracy.items())))
     if folder != SHIPPED:
         print(f"next: python train.py --model {names[0]} --task xgqa --suf --data {world} "
@@ -148,18 +152,21 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--build", action="store_true", help="make tokenizer and checkpoints anew")
-    what.add_argument("--show", nargs="*", metavar="RUN", help="contact sheet of the answers of two xGQA runs on the miniature "
-                                                               "(default: CCLM, standard and SUF, seed 0)")
+    what.add_argument("--show", nargs="*", metavar="RUN",
+                      help="contact sheet of the answers of two xGQA runs on the miniature "
+                           "(default: CCLM, standard and SUF, seed 0)")
     parser.add_argument("--model", choices=["cclm", "uc2"], help="with --build: only this one (default: both)")
-    parser.add_argument("--size", choices=mini_world.WORLD_SIZES, default="small", help="with --build: of the world and the models (default: small)")
+    parser.add_argument("--size", choices=mini_world.WORLD_SIZES, default="small",
+                        help="with --build: of the world and the models (default: small)")
     parser.add_argument("--seed", type=int, default=0, help="with --build: of pre-training (default: 0)")
-    parser.add_argument("--steps", type=int, help="with --build: of pre-training (default: as many as the size needs)")
-    parser.add_argument("--out", metavar="DIR", help="folder of --build (default: miniature/), PNG of --show (default: contact_sheet.png)")
+    parser.add_argument("--steps", type=int, help="with --build: of pre-training; 0: random weights (default: as the size needs)")
+    parser.add_argument("--out", metavar="DIR",
+                        help="folder of --build (default: miniature/), PNG of --show (default: contact_sheet.png)")
     args = parser.parse_args(argv)
     if args.size != "small" and not args.out:
         parser.error("--size: only the small world is the embedded one; say --out DIR, where to write another")
-    if args.steps is not None and args.steps < 1 or args.seed < 0:
-        parser.error("--steps must be positive and --seed not negative")
+    if min(args.steps or 0, args.seed) < 0:
+        parser.error("--steps and --seed must not be negative")
     if args.show is not None and len(args.show) not in (0, 2):
         parser.error("--show takes two runs")
     try:

@@ -350,7 +350,8 @@ japanese = Language(sentences({
 
 KO = lexicon(
     colours="빨간, 초록, 파란, 노란, 하얀, 주황색, 보라색, 분홍색, 갈색, 검은, 회색",
-    shapes="원, 사각형, 삼각형, 십자, 별, 마름모, 고리, 하트, 화살표", thing="물체", sizes="작은, 큰", sides="왼쪽, 오른쪽")
+    shapes="원, 사각형, 삼각형, 십자, 별, 마름모, 고리, 하트, 화살표", thing="물체", sizes="작은, 큰",
+    sides="왼쪽, 오른쪽")
 KOREAN_PARTICLES = {  # after a consonant, after a vowel
     "": ("", ""), "은": ("은", "는"), "이": ("이", "가"), "과": ("과", "와"), "이나": ("이나", "나")}
 
@@ -531,7 +532,8 @@ RUSSIAN_LETTERS = sounds("абвгдеёжзийклмнопрстуфхцчшщ
                          "a b v g d e yo zh z i y k l m n o p r s t u f kh ts ch sh shch _ y _ e yu ya")
 ARABIC_LETTERS = sounds("ابتثجحخدذرزسشصضطظعغفقكلمنهويىةءأإآؤئ",
                         "a b t th j h kh d dh r z s sh s d t z a gh f q k l m n h w y a a _ a i a w y")
-CHINESE_CHARACTERS = sounds("红绿蓝黄白橙紫粉棕黑灰色圆方三角十字形星菱环心箭头物体小大左右边的有一个和或是在还什么颜状哪相同不吗",
+CHINESE_CHARACTERS = sounds("红绿蓝黄白橙紫粉棕黑灰色圆方三角十字形星菱环心箭头物体"
+                            "小大左右边的有一个和或是在还什么颜状哪相同不吗",
                             "hong lu lan huang bai cheng zi fen zong hei hui se yuan fang san jiao shi zi xing xing "
                             "ling huan xin jian tou wu ti xiao da zuo you bian de you yi ge he huo shi zai hai shen me "
                             "yan zhuang na xiang tong bu ma")
@@ -600,12 +602,12 @@ def letter_reading(letter: str) -> str:
 def normalization_rules() -> str:
     """SentencePiece's `normalization_rule_tsv`: lines "source code points <tab> target code points", hexadecimal.
 
-    SentencePiece replaces the longest source that matches. Chinese, Japanese and Bengali have a rule per word (大 is da,
-    大きい is ookii) and, for other words, one per character; the other scripts one per letter or syllable. Covers, in
-    upper and lower case, what the thirteen languages write, and no more.
+    SentencePiece replaces the longest source that matches. Chinese, Japanese and Bengali have a rule per word (大 is
+    da, 大きい is ookii) and, for other words, one per character; the other scripts one per letter or syllable. Covers,
+    in upper and lower case, what the thirteen languages write, and no more.
     """
     rules, letters = {}, {}
-    for form, (language, grammar) in itertools.product(specimens(), LANGUAGES.items()):
+    for form, language in itertools.product(specimens(), LANGUAGES):
         text = say(form, language)
         letters.update(dict.fromkeys(text + text.upper() + text.lower(), language))
         if language in READINGS:

@@ -1,18 +1,18 @@
-"""Pre-training of the miniature's tiny CCLM and UC2: what the released checkpoints bring along, in five minutes on a CPU.
+"""Pre-training of the miniature's tiny CCLM and UC2: what the released checkpoints bring, in five minutes on a CPU.
 
-Both models are the ordinary classes of cclm.py and uc2.py, only small, with every head of the released checkpoints. What
-they learn here stands for what those know: words grounded in images, and languages aligned with each other.
+Both models are the ordinary classes of cclm.py and uc2.py, only small, with every head of the released checkpoints.
+What they learn here stands for what those know: words grounded in images, and languages aligned with each other.
 
     image-text matching   is the sentence true of the scene? Whole sentences, and phrases about single objects
     masked words          with the image in view
     contrast of texts     a sentence and its translation, in CCLM before any image is seen
     contrast of phrases   CCLM: a phrase and the patch it describes
-    fused contrast        the <s> of a sentence and of its translation, both seen with the same image, are pulled together, and
-                          away from other sentences about that image
+    fused contrast        the <s> of a sentence and of its translation, both seen with the same image, are pulled
+                          together, and away from other sentences about that image
 
-The last one is in neither paper. Without it scheduled unfreezing gains nothing here: the upper layers that it trains first
-would read sentences of different languages differently. Phrases come first ("curriculum"), because grounding whole
-sentences from nothing takes several times as long.
+The last one is in neither paper. Without it scheduled unfreezing gains nothing here: the upper layers that it trains
+first would read sentences of different languages differently. Phrases come first ("curriculum"), because grounding
+whole sentences from nothing takes several times as long.
 """
 
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ def new_model(name, size, vocabulary):
     """CCLM or UC2 with random weights, sized for a world."""
     model = sized_model(name, size, vocabulary)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 2:  # the models' standard deviation of 0.02 belongs to a width of 768
                 parameter.mul_((768 / PRETRAINING[size].width) ** 0.5)
     return model
@@ -83,14 +83,15 @@ def sized_model(name, size, vocabulary):
     p, world = PRETRAINING[size], mini_world.WORLD_SIZES[size]
     if name == "cclm":
         sizes = cclm.Sizes(
-            width=p.width, vocabulary=vocabulary, text_layers=p.text_layers, cross_layers=p.cross_layers, text_heads=p.heads,
-            cross_heads=p.heads, text_feed_forward=p.feed_forward, cross_feed_forward=p.feed_forward,
-            text_positions=p.positions, text_types=1, vision_width=p.width, vision_layers=p.vision_layers,
-            vision_heads=p.heads, vision_feed_forward=p.feed_forward, patch_size=world.cell, image_size=world.image_size,
-            embed_dim=p.width // 2, decoder_positions=16)
+            width=p.width, vocabulary=vocabulary, text_layers=p.text_layers, cross_layers=p.cross_layers,
+            text_heads=p.heads, cross_heads=p.heads, text_feed_forward=p.feed_forward,
+            cross_feed_forward=p.feed_forward, text_positions=p.positions, text_types=1, vision_width=p.width,
+            vision_layers=p.vision_layers, vision_heads=p.heads, vision_feed_forward=p.feed_forward,
+            patch_size=world.cell, image_size=world.image_size, embed_dim=p.width // 2, decoder_positions=16)
         return cclm.CCLM(sizes, "pretraining", dropout=0.0, drop_path=0.0)
-    sizes = uc2.Sizes(width=p.width, vocabulary=vocabulary, layers=p.uc2_layers, heads=p.heads, feed_forward=p.feed_forward,
-                      positions=p.positions, types=2, features=mini_world.FEATURE_WIDTH, locations=7, region_classes=1)
+    sizes = uc2.Sizes(width=p.width, vocabulary=vocabulary, layers=p.uc2_layers, heads=p.heads,
+                      feed_forward=p.feed_forward, positions=p.positions, types=2, features=mini_world.FEATURE_WIDTH,
+                      locations=7, region_classes=1)
     return uc2.UC2(sizes, "pretraining", dropout=0.0)
 
 
@@ -142,7 +143,8 @@ def make_corpus(name, size, tokenizer, scenes, sentences, seed):
             spots[i, k] = thing.row * world.grid + thing.column
             classes[i, k] = [mini_languages.ATTRIBUTES[name].index(getattr(thing, name)) for name in ATTRIBUTES]
     if name == "cclm":
-        pictures = {"images": torch.from_numpy(mini_world.draw_images(drawn, world, rng)).permute(0, 3, 1, 2).contiguous()}
+        pictures = {"images": torch.from_numpy(mini_world.draw_images(drawn, world, rng))
+                    .permute(0, 3, 1, 2).contiguous()}
     else:
         regions = mini_world.detect_regions(drawn, world, rng)
         spots = regions.slots
@@ -157,7 +159,7 @@ def make_corpus(name, size, tokenizer, scenes, sentences, seed):
 
 
 def encode(model, corpus, scenes, device):
-    """The images of `scenes` through the image encoder, each once. -> (encoded images, row of each of `scenes` in them)."""
+    """The images of `scenes` through the image encoder, each once. -> (encoded images, each scene's row in them)."""
     distinct, rows = np.unique(scenes, return_inverse=True)
     pictures = {name: tensor[distinct].to(device) for name, tensor in corpus.pictures.items()}
     return model.encode_images(pictures), torch.from_numpy(rows).to(device)
@@ -261,15 +263,23 @@ def warm_up_vision(model, corpus, p, rng, device):
         optimizer.step()
 
 
-def pretrain(name, size, tokenizer, seed, steps=None, device=torch.device("cpu")):
-    """-> (the pre-trained model, matching accuracy on new statements by language). A function of its arguments, on a CPU."""
-    p = PRETRAINING[size]
-    steps = steps or p.steps
+def pretrain(name, size, tokenizer, seed, steps, device=torch.device("cpu")):
+    """-> (the pre-trained model, matching accuracy on new statements by language). On a CPU the same every time.
+
+    With 0 steps the weights stay random: the "from scratch" baseline.
+    """
     torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, 11])
+    model = new_model(name, size, tokenizer.vocabulary).to(device)
+    if steps:
+        run_steps(model, name, size, tokenizer, seed, steps, device)
+    return model, matching_accuracy(model, make_corpus(name, size, tokenizer, 1000, 6000, seed + 1000), device)
+
+
+def run_steps(model, name, size, tokenizer, seed, steps, device):
+    p, rng = PRETRAINING[size], np.random.default_rng([seed, 11])
     print(f"{name}: writing {p.sentences:,} statements, phrases and translations about {p.scenes:,} scenes", flush=True)
     corpus = make_corpus(name, size, tokenizer, p.scenes, p.sentences, seed)
-    model = new_model(name, size, tokenizer.vocabulary).to(device).train()
+    model.train()
     if name == "cclm":
         warm_up_vision(model, corpus, p, rng, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=p.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -286,7 +296,6 @@ def pretrain(name, size, tokenizer, seed, steps=None, device=torch.device("cpu")
             rate.step()
             matched += (right.item() - matched) / 50
             bar.set_postfix_str(f"loss {loss.item():.2f}, matched {matched:.0%}", refresh=False)
-    return model, matching_accuracy(model, make_corpus(name, size, tokenizer, 1000, 6000, seed + 1000), device)
 
 
 @torch.no_grad()
@@ -298,7 +307,8 @@ def matching_accuracy(model, corpus, device):
         index = range(start, min(start + 500, len(corpus.statements.rows)))
         input_ids, attention_mask = padded([corpus.statements.rows[i] for i in index], device)
         encoded, rows = encode(model, corpus, corpus.statements.scenes[list(index)], device)
-        hidden = model.fuse(model.encode_texts(input_ids, attention_mask), attention_mask, select(model.image_memory(encoded), rows))
+        hidden = model.fuse(model.encode_texts(input_ids, attention_mask), attention_mask,
+                            select(model.image_memory(encoded), rows))
         said = matching_logits(model, hidden).argmax(1).tolist()
         for i, answer in zip(index, said):
             right.setdefault(corpus.statements.languages[i], []).append(answer == corpus.statements.truths[i])

@@ -1,6 +1,7 @@
-"""`python mini.py --show`: a contact sheet of the miniature's xGQA, scenes with questions in several languages and two runs' answers.
+"""`python mini.py --show`: a contact sheet of the miniature's xGQA.
 
-Every language is drawn in its own script where the machine has a font for it; where not, as the tokenizer reads it.
+Scenes with questions in several languages and two runs' answers. Every language is drawn in its own script where the
+machine has a font for it; where not, as the tokenizer reads it.
 """
 
 import os
@@ -13,8 +14,8 @@ import files
 from files import InputError
 
 LANGUAGES = ("en", "de", "ru", "zh", "ko", "bn")
-FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansBengali-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf",
-         "Nirmala.ttf", "PingFang.ttc", "AppleSDGothicNeo.ttc")
+FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansBengali-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "msyh.ttc",
+         "malgun.ttf", "Nirmala.ttf", "PingFang.ttc", "AppleSDGothicNeo.ttc")
 SCENES, QUESTIONS_PER_SCENE = 6, 2
 IMAGE, LINE, MARGIN, WIDTH = 176, 22, 16, 1180  # pixels
 COLUMNS = (210, 250, 830, 1000)  # language, question, first run, second run
@@ -28,7 +29,8 @@ def contact_sheet(world, tokenizer, runs, path):
                for language in LANGUAGES}
     chosen = choose(records["en"], answers)
     normalizer = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
-    fonts = {language: font_for("".join(r.text for r in list(records[language].values())[:200])) for language in LANGUAGES}
+    fonts = {language: font_for("".join(r.text for r in list(records[language].values())[:200]))
+             for language in LANGUAGES}
 
     def text(x, y, words, fill=INK, language="en"):
         font = fonts[language]
@@ -43,7 +45,8 @@ def contact_sheet(world, tokenizer, runs, path):
         text(x, MARGIN, title, GREY)
     y = MARGIN + 2 * LINE
     for image, questions in chosen:
-        picture = data.read_image(data.image_path(world, "xgqa", image)).resize((IMAGE, IMAGE), Image.Resampling.NEAREST)
+        picture = data.read_image(data.image_path(world, "xgqa", image)).resize(
+            (IMAGE, IMAGE), Image.Resampling.NEAREST)
         sheet.paste(picture, (MARGIN, y))
         line = y
         for question in questions:
@@ -61,7 +64,7 @@ def contact_sheet(world, tokenizer, runs, path):
 
 
 def read_answers(run):
-    """language -> {question id: answer} of a finished run. InputError where it has none for the miniature's questions."""
+    """language -> {question id: answer} of a finished run. InputError where it has none for a language."""
     found = {}
     for language in LANGUAGES:
         path = os.path.join(run, "predictions", f"{language}.json")
@@ -73,7 +76,7 @@ def read_answers(run):
 
 
 def choose(english, answers):
-    """The first images that were asked enough, one question of each type: [(image, its question ids)]. Not chosen by answers."""
+    """The first images that were asked enough, a question per type: [(image, question ids)]. Not chosen by answers."""
     by_image = {}
     for record in english.values():
         if all(record.id in languages for run in answers for languages in run.values()):

@@ -585,7 +585,7 @@ def write_flickr(folder: Path, size: WorldSize, seed: int, progress) -> None:
 
 
 def write_hard_negatives(path: Path, images: list[str], scenes: list[Scene], pool: int = 20) -> None:
-    """IGLUE's hard_negative.pkl: of every training image the ones most like it, itself first; likeness is shared words."""
+    """IGLUE's hard_negative.pkl: for every training image those most like it, itself first; likeness: shared words."""
     words = [word for attribute in ATTRIBUTES for word in ATTRIBUTES[attribute]]
     counts = np.array([[sum(word in thing[:4] for thing in scene) for word in words] for scene in scenes], np.float32)
     distances = (((counts - row) ** 2).sum(1) for row in counts)

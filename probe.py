@@ -1,8 +1,8 @@
 """What is measured on the weights of finished runs, for analysis.py.
 
-Paper: section 5.1, alignment of translations (`sentence_vectors`, `similarity`, `unpaired`). The rest is not in it: how far
-each layer moved (`drift`), what averaging epochs or putting lower layers back does without any training (`post_hoc`), and
-what a strategy's steps cost on this machine (`measure`).
+Paper: section 5.1, alignment of translations (`sentence_vectors`, `similarity`, `unpaired`). The rest is not in it: how
+far each layer moved (`drift`), what averaging epochs or putting lower layers back does without any training
+(`post_hoc`), and what a strategy's steps cost on this machine (`measure`).
 
 Letters: L languages, N items, D width, B texts.
 """
@@ -37,7 +37,7 @@ def labels_of(args):
 
 
 def pretrained(args, recipe):
-    """The model before fine-tuning; what the checkpoint lacks is random. InputError if the checkpoint is gone, or another."""
+    """The model before fine-tuning; what the checkpoint lacks is random. InputError if the file is gone, or another."""
     try:
         tensors, config = read_checkpoint(args.checkpoint)
         if args.model == "cclm":
@@ -96,7 +96,8 @@ def unpaired(vectors, draws=100_000, seed=0):
 def drift(run):
     """How far each part of a run is from its pre-trained weights, in percent: 100 |change| / |weights|.
 
-    -> {"1" (bottom layer), "2", …, "embeddings", "vision"}. Left out: heads and answer decoder, which start partly at random.
+    -> {"1" (bottom layer), "2", …, "embeddings", "vision"}. Left out: heads and answer decoder, which start partly at
+    random.
     """
     args, recipe = evaluation.read_run(run)
     model = evaluation.load_weights(os.path.join(run, "model.pt"), args, "cpu")
@@ -105,7 +106,8 @@ def drift(run):
     for name, parameter in model.named_parameters():
         changed[part[name]] += (parameter - before[name]).square().sum().item()
         size[part[name]] += before[name].square().sum().item()
-    names = {str(i + 1): f"layer {i}" for i in range(len(model.layers))} | {"embeddings": "embeddings", "vision": "vision"}
+    names = ({str(i + 1): f"layer {i}" for i in range(len(model.layers))}
+             | {"embeddings": "embeddings", "vision": "vision"})
     return {name: 100 * math.sqrt(changed[group] / size[group]) for name, group in names.items() if group in size}
 
 
@@ -113,8 +115,8 @@ def drift(run):
 def post_hoc(run):
     """Evaluate what can be made of a run's saved epochs without training. -> {name: results by language}.
 
-    "average N": mean of the weights after the last N epochs. "reverted N": the final weights with the lower N layers back
-    at their pre-trained ones; "dev N": the same on English development data ("dev 0": nothing reverted). Kept in
+    "average N": mean of the weights after the last N epochs. "reverted N": the final weights with the lower N layers
+    back at their pre-trained ones; "dev N": the same on English development data ("dev 0": nothing reverted). Kept in
     post_hoc.json of the run: what is there is not done again.
     """
     path = os.path.join(run, "post_hoc.json")
@@ -168,7 +170,8 @@ def measure(args, recipe, least_seconds=0.3):
     items = data.training_items(examples, recipe.batch_size, args.seed, 1, 0, parts, range(parts), **composition)
     batches = list(data.load_batches(dataset, items, 0, device))
     loading = (time.perf_counter() - started) * parts / len(batches)
-    batches = [{name: tensor.to(device) for name, tensor in batch.items() if name != "ids"} for batch in batches[:parts]]
+    batches = [{name: tensor.to(device) for name, tensor in batch.items() if name != "ids"}
+               for batch in batches[:parts]]
     optimizer = train.prepare_parameters(model, args, recipe)  # its learning rates are 0: the weights stay
     fastest, seconds = {}, []
     for epoch in range(recipe.epochs):

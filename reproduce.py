@@ -82,7 +82,8 @@ def plan(args, more):
                 for seed in range(args.seeds) if not wanted or name in wanted else ():
                     folder = os.path.join(args.runs, f"{model}-{task}-{name}-seed{seed}")
                     job = Job(folder, [*base, *flags, *more, "--seed", str(seed), "--run", folder])
-                    jobs += [job, *(few_shot_jobs(job, seed) if few_shot and (not wanted or "fewshot" in wanted) else [])]
+                    jobs += [job, *(few_shot_jobs(job, seed)
+                                    if few_shot and (not wanted or "fewshot" in wanted) else [])]
     if set(wanted or ()) - {*known, "fewshot"} or not jobs:
         choices = ", ".join(dict.fromkeys(known))
         raise InputError(f"--strategies {args.strategies}: choose from {choices}; beside standard or suf also fewshot")
@@ -178,7 +179,7 @@ def seconds_of(job, per_example, per_text):
 
 
 def print_plan(jobs, at_once):
-    """--dry-run: every run, its state and the time it needs, as measured on standard fine-tuning, the costliest strategy."""
+    """--dry-run: every run, its state and its time, as measured on standard fine-tuning, the costliest strategy."""
     if at_once > 1:
         torch.set_num_threads(1)
     paces, total = {}, 0.0
@@ -193,7 +194,8 @@ def print_plan(jobs, at_once):
             line, total = f"{line}  about {minutes(seconds)}", total + seconds
         print(line, flush=True)
     left = sum(not job.finished for job in jobs)
-    print(f"{left} of {len(jobs)} runs to do, {at_once} at a time: about {minutes(total / at_once)}, and the time of the report")
+    print(f"{left} of {len(jobs)} runs to do, {at_once} at a time: about {minutes(total / at_once)}, "
+          "and the time of the report")
 
 
 def minutes(seconds):
@@ -242,12 +244,14 @@ def start(job, at_once):
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {})
     os.makedirs(job.folder, exist_ok=True)
     with open(os.path.join(job.folder, "output.txt"), "w", encoding="utf-8") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                                env=environment)
 
 
 def stop(processes):
     """Let them save what they have and end; a second Ctrl-C ends them at once."""
-    print(f"\nstopping: {len(processes)} run(s) save what they have (Ctrl-C again: they do not)", file=sys.stderr, flush=True)
+    print(f"\nstopping: {len(processes)} run(s) save what they have (Ctrl-C again: they do not)",
+          file=sys.stderr, flush=True)
     try:
         for process in processes:
             process.send_signal(signal.SIGINT)
@@ -296,12 +300,15 @@ def reproduce(args, more):
 # The report
 
 OTHERS = "the mean of the other languages"
-MINIATURE = """All numbers are from the embedded miniature: drawn scenes, templated sentences, tiny models. They show what the
+MINIATURE = """\
+All numbers are from the embedded miniature: drawn scenes, templated sentences, tiny models. They show what the
 strategies do there. They are no evidence about the real benchmark; the paper's numbers are not beside them because they
 measure something else."""
-LIMITS = """What this does not show: the intervals cover seeds of fine-tuning, not other pre-trained checkpoints or other data.
+LIMITS = """\
+What this does not show: the intervals cover seeds of fine-tuning, not other pre-trained checkpoints or other data.
 Where no difference was shown there may be one: with few seeds only large ones show. The strategies are compared one by
-one, without correction for their number, and with the hyper-parameters of standard fine-tuning. A rival that comes as far
+one, without correction for their number, and with the hyper-parameters of standard fine-tuning. \
+A rival that comes as far
 as SUF shows what suffices; it does not show that SUF works by the same means."""
 
 
@@ -323,7 +330,8 @@ def findings(model, task, arms):
     """
     standard, suf = arms.get("standard", {}), arms.get("suf", {})
     if not standard.keys() & suf.keys():
-        return [f"{title(model, task)}: SUF and standard fine-tuning have no finished seed in common; nothing is said of a gain."]
+        return [f"{title(model, task)}: SUF and standard fine-tuning have no finished seed in common; "
+                "nothing is said of a gain."]
     lines = []
     for metric, heading in evaluation.headline(task):
         gain, english = (t_interval(differences(suf, standard, metric, language)) for language in ("others", "en"))
@@ -343,13 +351,15 @@ def explain(rivals, standard, suf, metric, gain):
     if not rivals:
         return []
     if not (gain.shown and gain.mean > 0):
-        return ["No gain of SUF was shown here, so there is none to explain by other strategies; the tables have their numbers."]
+        return ["No gain of SUF was shown here, so there is none to explain by other strategies; "
+                "the tables have their numbers."]
     lines, verdicts = ["Which of the other strategies has SUF's gain too:"], {"as far": [], "short": [], "open": []}
     for strategy, arm in rivals.items():
         margin, english = (t_interval(differences(arm, suf, metric, language)) for language in ("others", "en"))
         own = differences(arm, standard, metric, "others")
         share = f"; it has {100 * statistics.fmean(own) / gain.mean:.0f} % of SUF's gain" if own else ""
-        lines.append(f"  - {label(strategy)}, against SUF: {statement(margin, 'it', OTHERS)}; English {english.mean:+.1f}{share}")
+        lines.append(f"  - {label(strategy)}, against SUF: {statement(margin, 'it', OTHERS)}; "
+                     f"English {english.mean:+.1f}{share}")
         if margin.shown and margin.mean < 0:
             verdicts["short"].append(label(strategy))
         elif margin.shown or margin.low is not None and abs(margin.mean) < gain.mean / 4:
@@ -387,11 +397,14 @@ def write_report(runs, out, failures):
     lines = ["# Scheduled unfreezing: report", ""]
     lines += ["Written by `python analysis.py reproduce`. Every table is also a CSV file in this folder.", ""]
     lines += [MINIATURE, ""] if english[0].args.miniature else []
-    lines += ["## What was found", "", *(line if line.startswith("  - ") else f"- {line}" for line in said), "", LIMITS, ""]
+    lines += ["## What was found", "", *(line if line.startswith("  - ") else f"- {line}" for line in said), "",
+              LIMITS, ""]
     if failures:
-        lines += ["## Runs that failed, and are missing below", "", *(f"- {folder}: {line}" for folder, line in failures), ""]
+        lines += ["## Runs that failed, and are missing below", "",
+                  *(f"- {folder}: {line}" for folder, line in failures), ""]
     lines += [*body, "## Recipe", ""]
-    lines += [f"- {name}, not as in the paper: {'; '.join(changed) or 'nothing'}" for name, changed in deviations.items()]
+    lines += [f"- {name}, not as in the paper: {'; '.join(changed) or 'nothing'}"
+              for name, changed in deviations.items()]
     print("\n" + "\n".join(said))
     path = os.path.join(out, "report.md")
     files.write(path, lambda file: file.write("\n".join([*lines, ""]).encode()))

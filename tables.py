@@ -66,7 +66,7 @@ def t_interval(differences):
 
 
 def sign_test(differences):
-    """Two-sided p of that many differences of one sign, were both equally likely. Zeros are left out; 1 if all are zero."""
+    """Two-sided p of that many differences of one sign, were both equally likely. Zeros are left out; 1 if all are."""
     signs = [difference > 0 for difference in differences if difference != 0]
     extreme = max(sum(signs), len(signs) - sum(signs))
     tail = sum(math.comb(len(signs), k) for k in range(extreme, len(signs) + 1)) / 2 ** len(signs)
@@ -123,7 +123,8 @@ def publish(table, out):
 def as_text(table):
     cells = table.cells()
     first, *widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join([row[0].ljust(first), *(text.rjust(width) for text, width in zip(row[1:], widths))]) for row in cells]
+    lines = ["  ".join([row[0].ljust(first), *(text.rjust(width) for text, width in zip(row[1:], widths))])
+             for row in cells]
     return "\n".join([table.title, *lines, *(f"* {note}" for note in table.notes)])
 
 

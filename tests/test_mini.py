@@ -1,4 +1,4 @@
-"""The embedded miniature as a user meets it: shipped files, the world on disk, every model and task through the CLI, --build, --show."""
+"""The embedded miniature as a user meets it: shipped files, the world on disk, every pair, --build, --show."""
 
 import dataclasses
 import hashlib
@@ -67,7 +67,8 @@ def test_the_first_command_on_a_few_examples(tmp_path):
 @pytest.mark.parametrize("model", ["cclm", "uc2"])
 def test_every_pair_trains_and_evaluates(model, task, strategy, tmp_path):
     run = tmp_path / "run"
-    train.main(["--model", model, "--task", task, *strategy, "--limit", "64", "--epochs", "2", "--workers", "0", "--run", str(run)])
+    train.main(["--model", model, "--task", task, *strategy, "--limit", "64", "--epochs", "2", "--workers", "0",
+                "--run", str(run)])
     results = json.loads((run / "results.json").read_text())
     assert list(results["languages"]) == list(data.LANGUAGES[task])
     assert {path.stem for path in (run / "predictions").iterdir()} == set(data.LANGUAGES[task])
@@ -78,7 +79,8 @@ def test_every_pair_trains_and_evaluates(model, task, strategy, tmp_path):
 @pytest.fixture
 def little(monkeypatch):
     """Pre-training of a few steps on a few sentences, of the same models."""
-    small = dataclasses.replace(mini_pretrain.PRETRAINING["small"], scenes=60, sentences=200, steps=6, phrase_steps=3, vision_steps=2)
+    small = dataclasses.replace(mini_pretrain.PRETRAINING["small"], scenes=60, sentences=200, steps=6, phrase_steps=3,
+                                vision_steps=2)
     monkeypatch.setitem(mini_pretrain.PRETRAINING, "small", small)
 
 
@@ -87,13 +89,16 @@ def test_build_gives_the_same_checkpoint_twice_and_it_trains(model, little, tmp_
     for folder in ("one", "two"):
         mini.main(["--build", "--model", model, "--out", str(tmp_path / folder)])
     assert "--checkpoint" in capsys.readouterr().out  # the command that uses it
-    built, again, shipped = (read_checkpoint(folder / f"{model}.pt")[0] for folder in (tmp_path / "one", tmp_path / "two", SHIPPED))
-    assert {name: tensor.shape for name, tensor in built.items()} == {name: tensor.shape for name, tensor in shipped.items()}
+    built, again, shipped = (read_checkpoint(folder / f"{model}.pt")[0]
+                             for folder in (tmp_path / "one", tmp_path / "two", SHIPPED))
+    assert ({name: tensor.shape for name, tensor in built.items()}
+            == {name: tensor.shape for name, tensor in shipped.items()})
     assert all(torch.equal(tensor, again[name]) for name, tensor in built.items())
     mini.main(["--build", "--model", model, "--seed", "1", "--out", str(tmp_path / "three")])
     other = read_checkpoint(tmp_path / "three" / f"{model}.pt")[0]
     assert not all(torch.equal(tensor, other[name]) for name, tensor in built.items())
-    train.main(["--model", model, "--task", "xvnli", "--data", mini.WORLD, "--checkpoint", str(tmp_path / "one" / f"{model}.pt"),
+    train.main(["--model", model, "--task", "xvnli", "--data", mini.WORLD,
+                "--checkpoint", str(tmp_path / "one" / f"{model}.pt"),
                 "--tokenizer", str(tmp_path / "one" / "tokenizer.model"), "--run", str(tmp_path / "run"), "--dry-run"])
 
 
@@ -116,7 +121,8 @@ def test_a_world_is_written_once_and_nothing_else_is_overwritten(tmp_path, capsy
 def test_contact_sheet(tmp_path, capsys):
     runs = [tmp_path / "standard", tmp_path / "suf"]
     for run, strategy in zip(runs, ([], ["--suf"])):
-        train.main(["--model", "uc2", "--task", "xgqa", *strategy, "--limit", "200", "--epochs", "1", "--workers", "0", "--run", str(run)])
+        train.main(["--model", "uc2", "--task", "xgqa", *strategy, "--limit", "200", "--epochs", "1", "--workers", "0",
+                    "--run", str(run)])
     mini.main(["--show", *map(str, runs), "--out", str(tmp_path / "sheet.png")])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG" and sheet.width > 1000 and len(sheet.getcolors(1 << 24)) > 100
