@@ -120,22 +120,30 @@ class Run:
 def read_run(folder):
     """-> Run. InputError, one line, for a folder that is none, is not finished or lacks a language."""
     args, recipe = evaluation.read_run(folder)
-    path, stored = os.path.join(folder, "results.json"), evaluation.read_results(folder)
-    results = files.expect(stored, "languages", dict, path)
-    for language in ["en", args.few_shot] if args.few_shot else data.LANGUAGES[args.task]:
-        if language not in results:
-            found = ", ".join(results)
-            raise InputError(f"{path}: no results for language {language!r} of {args.task} (found: {found})")
-        for metric, _ in evaluation.headline(args.task):
-            files.expect(results[language], metric, (int, float), f"{path}, {language}")
-    epochs = {}
+    path, log, settings = (os.path.join(folder, name) for name in ("results.json", "log.jsonl", "args.json"))
+    stored, epochs = evaluation.read_results(folder), {}
+    results = languages_of(stored, args, path)
     if not args.few_shot:
-        log = [line for _, line in files.read_jsonl(os.path.join(folder, "log.jsonl")) if "languages" in line]
-        epochs = {line.get("epoch", recipe.epochs): line["languages"] for line in log} | {recipe.epochs: results}
-    fingerprints = list(files.read_json(os.path.join(folder, "args.json"))["fingerprints"].values())
+        for number, line in files.read_jsonl(log):
+            if isinstance(line, dict) and "languages" in line:
+                epochs[line.get("epoch", recipe.epochs)] = languages_of(line, args, f"{log}, line {number}")
+        epochs[recipe.epochs] = results
+    fingerprints = list(files.expect(files.read_json(settings), "fingerprints", dict, settings).values())
     conditions = vars(recipe) | {"miniature": args.miniature, "limit": args.limit, "their files": fingerprints}
     strategy = files.expect(stored, "strategy", str, path)
     return Run(folder, args, recipe, strategy, results, epochs, conditions)
+
+
+def languages_of(stored, args, where):
+    """-> the results by language in a file or line. InputError unless all languages of a run are there."""
+    results = files.expect(stored, "languages", dict, where)
+    for language in ["en", args.few_shot] if args.few_shot else data.LANGUAGES[args.task]:
+        if language not in results:
+            found = ", ".join(results)
+            raise InputError(f"{where}: no results for language {language!r} of {args.task} (found: {found})")
+        for metric, _ in evaluation.headline(args.task):
+            files.expect(results[language], metric, (int, float), f"{where}, {language}")
+    return results
 
 
 def find_runs(paths):

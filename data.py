@@ -392,7 +392,10 @@ class Images:
             raise InputError(f"{missing[0]}: no such image ({len(missing):,} of {len(keys):,} are missing)")
         self.cached = None
         if cache:
-            name = hashlib.sha256("\n".join([str(size), *self.paths]).encode()).hexdigest()[:16]
+            # a replaced image has another size or time, and so another cache
+            found = [(path, os.stat(path)) for path in self.paths]
+            lines = [str(size), *(f"{path} {file.st_size} {file.st_mtime_ns}" for path, file in found)]
+            name = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
             file = os.path.join(cache, f"images-{size}-{name}.npy")
             shape = (len(keys), size, size, 3)
             if not os.path.isfile(file):
@@ -607,8 +610,10 @@ def load_examples(data, task, split, rules, tokenizer, language="en", shots=None
     source, records = read_records(data, task, split, language, shots)
     records = records[:limit]
     texts = rules.prepare([record.text for record in records], training)
-    return Examples(source, [record for record, text in zip(records, texts) if keep(text, record)], rules,
-                    tokenizer, training)
+    kept = [record for record, text in zip(records, texts) if keep(text, record)]
+    if not kept:
+        raise InputError(f"{source}: no records with text (or, to train on XVNLI, a label)")
+    return Examples(source, kept, rules, tokenizer, training)
 
 
 def check_answers(examples, labels):
@@ -796,7 +801,8 @@ def load_batches(dataset, items, workers, device):
 
     InputError of a worker is raised here.
     """
-    options = {"prefetch_factor": 4} if workers else {}
+    # forked workers share the data, memory-mapped files and functions in it included; others would have to pickle it
+    options = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=Items(items), num_workers=workers,
                                          pin_memory=device.type == "cuda", **options)
     for batch in loader:

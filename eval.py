@@ -81,6 +81,14 @@ def make_pictures(args, recipe, split, keys):
     return data.Images(args.data, args.task, keys, recipe.image_size, args.image_cache, bar)
 
 
+def check_features(model, *pictures):
+    """InputError for region features of another width than the model reads."""
+    for regions in pictures:
+        if isinstance(regions, data.Regions) and regions.dim != model.sizes.features:
+            raise InputError(f"{regions.folder}: features of width {regions.dim}, the checkpoint reads "
+                             f"{model.sizes.features}")
+
+
 def introduce(model, tokenizer, labels):
     """What model and tokenizer must know of each other: the longest text, and the
     answers of a model that generates them.
@@ -219,7 +227,7 @@ def label_entry(record, name):
 
 
 def percent(values):
-    return 100 * sum(values) / len(values)
+    return 100 * sum(values) / len(values) if values else None  # of nothing: JSON's null, "-" in a table
 
 
 def score_answers(records, predictions):
@@ -239,7 +247,7 @@ def score_answers(records, predictions):
 def score_labels(records, predictions):
     """Accuracy as IGLUE counts: pairs without a gold label ("-") are in the denominator and always wrong.
 
-    The other reading is beside it.
+    The other reading is beside it (None where no pair has a gold label).
     """
     correct = [prediction == record.label for record, prediction in zip(records, predictions)]
     labelled = [right for record, right in zip(records, correct) if record.label != "-"]
@@ -379,31 +387,53 @@ def table(task, results):
     metrics = headline(task)
     if task == "xvnli":  # IGLUE counts pairs without a gold label as wrong; this is the accuracy on the others
         metrics = [*metrics, ("accuracy_labelled", "without -")]
-    types = list(next(iter(results.values())).get("by_type", {}))
-    rows = [["", *(heading for _, heading in metrics), *types]]
-    for language, scores in results.items():
-        rows.append([language, *(f"{scores[name]:.1f}" for name, _ in metrics),
-                     *(f"{scores['by_type'][t]['accuracy']:.1f}" for t in types)])
-    others = [scores for language, scores in results.items() if language != "en"]
+    types = list(dict.fromkeys(name for scores in results.values() for name in scores.get("by_type", {})))
+    # None where a language has no item of a type
+    numbers = {language: [*(scores[name] for name, _ in metrics),
+                          *(scores["by_type"].get(name, {}).get("accuracy") for name in types)]
+               for language, scores in results.items()}
+    others = [row for language, row in numbers.items() if language != "en"]
     if others:
-        rows.append([f"mean of {len(others)} others", *(f"{mean_zero_shot(results, name):.1f}" for name, _ in metrics),
-                     *(f"{sum(scores['by_type'][t]['accuracy'] for scores in others) / len(others):.1f}"
-                       for t in types)])
+        numbers[f"mean of {len(others)} others"] = list(map(mean_of_known, zip(*others)))
+    rows = [["", *(heading for _, heading in metrics), *types]]
+    rows += [[name, *("-" if number is None else f"{number:.1f}" for number in row)] for name, row in numbers.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rows = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows]
     return "\n".join("  ".join(row) for row in rows)
+
+
+def mean_of_known(numbers):
+    known = [number for number in numbers if number is not None]
+    return sum(known) / len(known) if known else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs on disk
 
 
+OPTIONAL_NUMBER, OPTIONAL_TEXT = (int, type(None)), (str, type(None))
+STORED = {  # what is read of args.json
+    "args": {"model": str, "task": str, "data": str, "checkpoint": str, "tokenizer": str, "precision": str,
+             "seed": int, "workers": int, "limit": OPTIONAL_NUMBER, "image_cache": OPTIONAL_TEXT,
+             "few_shot": OPTIONAL_TEXT},
+    "recipe": {"epochs": int, "image_size": int, "clean": str, "train_words": OPTIONAL_NUMBER,
+               "test_words": OPTIONAL_NUMBER, "train_tokens": OPTIONAL_NUMBER, "test_tokens": OPTIONAL_NUMBER},
+}
+
+
 def read_run(run):
-    """-> (args, recipe) of a run's folder, as namespaces. InputError if it is none."""
-    stored = files.read_json(os.path.join(run, "args.json")) if os.path.isdir(run) else None
-    if not isinstance(stored, dict) or not {"args", "recipe"} <= stored.keys():
+    """-> (args, recipe) of a run's folder, as namespaces. InputError if it is none, or a damaged one."""
+    path = os.path.join(run, "args.json")
+    stored = files.read_json(path) if os.path.isdir(run) else None
+    if not isinstance(stored, dict) or not STORED.keys() <= stored.keys():
         raise InputError(f"{run}: not the folder of a run of train.py (no args.json that train.py wrote)")
-    return SimpleNamespace(**stored["args"]), SimpleNamespace(**stored["recipe"])
+    for part, fields in STORED.items():
+        for name, kind in fields.items():
+            files.expect(stored[part], name, kind, f"{path}, {part}")
+    args, recipe = SimpleNamespace(**stored["args"]), SimpleNamespace(**stored["recipe"])
+    if args.model not in MODELS or args.task not in data.LANGUAGES:
+        raise InputError(f"{path}: unknown model {args.model!r} or task {args.task!r}")
+    return args, recipe
 
 
 def read_results(run):
@@ -413,7 +443,12 @@ def read_results(run):
         read_run(run)
         raise InputError(
             f"{run}: this run is not finished (no results.json); go on with it: train.py ... --run {run} --resume")
-    return files.read_json(path)
+    results = files.read_json(path)
+    task = files.expect(results, "task", str, path)
+    for language, scores in files.expect(results, "languages", dict, path).items():
+        for metric, _ in headline(task):
+            files.expect(scores, metric, (int, float), f"{path}, {language}")
+    return results
 
 
 def load_weights(path, args, device, **options):
@@ -452,6 +487,7 @@ def score_again(run, languages, split, epoch):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, labels, args, recipe = load_run(run, device, epoch)
     chosen = load_split(args, recipe, tokenizer, labels, split, chosen_languages(args.task, languages))
+    check_features(model, chosen.pictures)
     results, predictions = evaluate(model, chosen, device, args.precision, args.workers)
     name = split if epoch is None else f"{split}_epoch{epoch}"
     os.makedirs(os.path.join(run, f"predictions_{name}"), exist_ok=True)
@@ -472,6 +508,8 @@ def compare(run_a, run_b, draws=10000):
         raise InputError(f"{run_a} is a run on {args_a.task}, {run_b} one on {args_b.task}: nothing to compare")
     results = read_results(run_a)["languages"], read_results(run_b)["languages"]
     languages = [language for language in results[0] if language in results[1]]
+    if not languages:
+        raise InputError(f"{run_a} and {run_b} have no language in common")
     print(f"A: {run_a}\nB: {run_b}")
     for name, heading in headline(args_a.task):
         outcomes = [paired_outcomes(run_a, run_b, args_a, language, name) for language in languages]
@@ -504,10 +542,13 @@ def paired_outcomes(run_a, run_b, args, language, metric):
 
 def outcomes_of(predictions, args, language, metric, path):
     """Predictions file -> {item: (image, 1 if right else 0)}."""
+    if not isinstance(predictions, list) or not predictions or not all(isinstance(one, dict) for one in predictions):
+        raise InputError(f"{path}: expected a list of predictions that train.py wrote")
     if args.task == "xflickrco":
         kind = "image" if metric.startswith("text") else "text"
-        return {entry[kind]: (entry[kind].split("#")[0], int(entry["rank"] == 0)) for entry in predictions
-                if kind in entry}
+        ranked = {files.expect(entry, kind, str, path): files.expect(entry, "rank", int, path)
+                  for entry in predictions if kind in entry}
+        return {item: (item.split("#")[0], int(rank == 0)) for item, rank in ranked.items()}
     _, records = data.read_records(args.data, args.task, "test", language)
     key = "questionId" if args.task == "xgqa" else "id"
     predicted = {files.expect(entry, key, str, path): files.expect(entry, "prediction", str, path)
@@ -554,6 +595,8 @@ def score_file(predictions, truth):
         where = f"{predictions}, entry {number}"
         predicted[files.expect(entry, "questionId", str, where)] = files.expect(entry, "prediction", str, where)
     records = data.read_gqa(truth)
+    if not records:
+        raise InputError(f"{truth}: no records")
     known = {record.id for record in records}
     for count, what in ((len(known - predicted.keys()), "questions have no prediction and count as wrong"),
                         (len(predicted.keys() - known), "predictions are about other questions and are left out")):
@@ -580,6 +623,8 @@ def main(argv=None):
         parser.error("give one of: the folder of a run, --compare A B, --score PREDICTIONS --truth TEST.json")
     if (args.score is None) != (args.truth is None):
         parser.error("--score and --truth go together")
+    if args.run is None and (args.languages, args.split, args.epoch) != (None, "test", None):
+        parser.error("--languages, --split and --epoch go with the folder of a run")
     try:
         if args.compare:
             compare(*args.compare)

@@ -39,6 +39,8 @@ def read_bytes(path):
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except MemoryError:
+        raise InputError(f"{path}: too large to read") from None
 
 
 def parse_json(content, where):

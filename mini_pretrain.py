@@ -236,6 +236,8 @@ def pretraining_loss(model, corpus, p, tokenizer, rng, step, device):
         loss = loss + contrast(*fused[:, 0].split(n))
         if isinstance(model, cclm.CCLM):
             loss = loss + contrast(*model.text_proj(states[2 * n :, 0]).split(n))
+            real = attention_mask[2 * n :, :, None]  # the answer decoder reads all states, not <s> alone
+            loss = loss + contrast(*((fused * real).sum(1) / real.sum(1)).split(n))
     return loss, (matching.argmax(1) == truths).float().mean()
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import reprlib
 import warnings
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,8 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # torch maps only its zip format, not the older one
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         # a damaged file can raise anything; what torch says of a hostile one is how to run it all the same
         raise ValueError(f"{path}: not a readable checkpoint of tensors alone, or a truncated one "

@@ -6,6 +6,7 @@ overrides both; `recipe_of` tells what is not the paper's.
 """
 
 import argparse
+import math
 import os
 from dataclasses import dataclass, fields, replace
 
@@ -77,7 +78,7 @@ def recipe_of(args, config):
         if not isinstance(value, known[name]) and not (known[name] != int and isinstance(value, (int, list))):
             raise InputError(f"{args.checkpoint}: the recipe it brings has {name} = {value!r}, which is not a "
                              f"{known[name]}")
-        if isinstance(value, (int, float)) and (value < 0 or value == 0 and known[name] is int):
+        if isinstance(value, (int, float)) and (not 0 <= value < math.inf or value == 0 and known[name] is int):
             raise InputError(
                 f"{args.checkpoint}: the recipe it brings has {name} = {value!r}, expected a positive number")
     flags = {name: getattr(args, name) for name in known if getattr(args, name, None) is not None}
@@ -195,16 +196,32 @@ def check_args(parser, args):
         parser.error(f"--{given[0]} needs {missing} (all three, or none of them for the miniature)")
     if args.order and args.suf is None:
         parser.error("--order is the order of --suf, which is not given")
-    if "vision" in (args.freeze or []) and args.model == "uc2":
-        parser.error("--freeze vision: UC2 has no image encoder, it reads region features")
+    if wrong := contradiction(args):
+        parser.error(wrong)
     for name in ("suf", "lr_decay", "epochs", "batch_size", "lr", "vision_lr", "embedding_lr", "shots", "grad_accum",
                  "questions_per_image", "limit", "save_every"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if min(args.workers, args.seed) < 0:
-        parser.error("--workers and --seed must not be negative")
+    if args.lr_decay is not None and args.lr_decay > 1:
+        parser.error(f"--lr-decay must be at most 1, got {args.lr_decay}")
+    if min(args.workers, args.seed, args.train_top or 0) < 0:
+        parser.error("--workers, --seed and --train-top must not be negative")
     if args.freeze is None:
         args.freeze = ["embeddings"] if args.train_top is not None else []
+
+
+def contradiction(args):
+    """What the flags ask of a model and task that have no such thing, or None."""
+    uc2, retrieval = args.model == "uc2", args.task == "xflickrco"
+    asked = {"--freeze vision": uc2 and "vision" in (args.freeze or []), "--vision-lr": uc2 and args.vision_lr,
+             "--image-cache": uc2 and args.image_cache}
+    if flag := next((flag for flag in asked if asked[flag]), None):
+        return f"{flag}: UC2 has no image encoder, it reads region features"
+    if args.model == "cclm" and retrieval and args.questions_per_image > 1:
+        return "--questions-per-image: CCLM's batches in retrieval hold every image with one caption"
+    if args.model and args.first_image_negatives and not (uc2 and retrieval):
+        return "--first-image-negatives is a mistake of UC2's training on xFlickrCO alone"
+    return None
 
 
 def strategy_name(args):

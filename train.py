@@ -34,6 +34,8 @@ import time
 from dataclasses import asdict, replace
 
 import numpy as np
+import PIL
+import sentencepiece
 import torch
 import torch.distributed as dist
 import torchvision
@@ -50,7 +52,7 @@ import uc2
 from eval import ranks
 from files import InputError
 from model import file_tensors, read_checkpoint
-from recipes import Recipe, few_shot_recipe, parse_args, recipe_of, strategy_name
+from recipes import Recipe, contradiction, few_shot_recipe, parse_args, recipe_of, strategy_name
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What trains when, and at which rate
@@ -151,14 +153,17 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
     """Train `model` on `dataset`. after_epoch(epoch, step, log) is called after every epoch. -> the log.
 
     A batch is split into equal parts, one forward pass each: `grad_accum` for every process. A signal ends the program
-    after the step, with everything saved. InputError if a loss or gradient is not finite.
+    after the step, with everything saved (see `Stop`). InputError if a loss or gradient is not finite.
     """
     rank, processes = ranks()
     steps = len(examples) // recipe.batch_size  # per epoch
     total, parts = steps * recipe.epochs, processes * args.grad_accum
     mine = range(rank * args.grad_accum, (rank + 1) * args.grad_accum)
     optimizer = prepare_parameters(model, args, recipe)
-    first = done = resume(args, model, optimizer, settings) if args.resume else 0
+    states = on_all_ranks(resume, args.run, settings, model, optimizer) if args.resume else [0]
+    if len(set(states)) > 1:
+        raise InputError(f"{args.run}: the processes see different last.pt; their run folder must be a shared one")
+    first = done = states[0]
     log = Log(args.run, first, first == total) if rank == 0 else None
     items = data.training_items(examples, recipe.batch_size, args.seed, recipe.epochs, first, parts, mine,
                                 **batch_composition(args, examples))
@@ -194,17 +199,19 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
             if dist.is_initialized():
                 dist.all_reduce(shared)
             loss, norm, stopping = (shared / processes).tolist()
-            check_finite(args.run, step, loss, norm, ids)
+            done = step + 1
+            check_finite(args.run, done, loss, norm, ids)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            done = step + 1
             if log:
                 log.add(step=done, epoch=epoch + 1, loss=loss, gradient_norm=norm, lr_factor=factor)
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}", refresh=False)
             bar.update()
 
             if done % steps == 0:
+                stop.in_step = False
                 after_epoch(epoch, done, log)
+                stop.in_step = True
             if log and (done % steps == 0 or done % args.save_every == 0 or stopping):
                 log.sync()  # before last.pt: its step is never ahead of the log
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings,
@@ -213,6 +220,7 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
             if stopping:
                 say(f"stopped and saved after step {done} of {total}; the same command with --resume goes on")
                 sys.exit(128 + stop.number)
+        stop.in_step = False
     return log
 
 
@@ -315,17 +323,43 @@ def start(args):
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
+def on_all_ranks(function, *arguments):
+    """[every process's result], in rank order.
+
+    An InputError of one is an error of all: no process waits for one that has ended, and rank 0 tells it.
+    """
+    try:
+        mine = function(*arguments), None
+    except InputError as error:
+        mine = None, str(error)
+    results, errors = zip(*evaluation.from_all_ranks(mine))
+    if any(errors):
+        raise InputError(next(filter(None, errors))) if ranks()[0] == 0 else SystemExit(1)
+    return results
+
+
+def on_signals(handler):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def interrupt(number, frame=None):
+    """End the run at once: `main` says so."""
+    raise KeyboardInterrupt(number)
+
+
 class Stop:
-    """Ctrl-C and SIGTERM end the run after the current step; a second one ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the current training step; outside of one, and the second time, at once."""
 
     def __init__(self):
         self.number, self.requested = signal.SIGTERM, False  # the number stays where another process got the signal
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request)
+        self.in_step = True
+        on_signals(self.request)
 
     def request(self, number, frame):
+        if self.requested or not self.in_step:
+            interrupt(number)
         self.number, self.requested = number, True
-        signal.signal(number, signal.SIG_DFL)
 
 
 class Log:
@@ -340,10 +374,13 @@ class Log:
         """
         path, kept = os.path.join(run, "log.jsonl"), []
         if step and os.path.isfile(path):
-            with open(path, "rb") as file:
-                lines = [(line, json.loads(line)) for line in file if line.endswith(b"\n")]
-            kept = [line for line, entry in lines
-                    if entry["step"] < step or entry["step"] == step and not (finished and "languages" in entry)]
+            lines = [line for line in files.read_bytes(path).splitlines(True) if line.endswith(b"\n")]
+            for number, line in enumerate(lines, start=1):
+                where = f"{path}, line {number}"
+                entry = files.parse_json(line, where)
+                at = files.expect(entry, "step", int, where)
+                if at < step or at == step and not (finished and "languages" in entry):
+                    kept.append(line)
         files.write(path, lambda file: file.writelines(kept))
         self.file = open(path, "a", encoding="utf-8")
 
@@ -375,12 +412,15 @@ def fingerprint(path):
 def versions():
     def git(*command):
         folder = os.path.dirname(os.path.abspath(__file__))
-        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+        try:
+            return subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
 
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__, "commit": git("rev-parse", "HEAD"),
-            "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no"))}
+            "numpy": np.__version__, "sentencepiece": sentencepiece.__version__, "pillow": PIL.__version__,
+            "commit": commit and commit.strip(), "uncommitted_changes": None if changes is None else changes != ""}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,6 +432,9 @@ def start_folder(args, recipe, changed, model, examples, inputs):
 
     InputError, before any work is done, for what could not be finished or would overwrite another run.
     """
+    settings = settings_of(args, recipe, examples.source)
+    if args.resume:
+        resume(args.run, settings)
     if ranks()[0] == 0:
         existing = os.path.isfile(os.path.join(args.run, "args.json"))
         if existing and not args.resume:
@@ -406,7 +449,23 @@ def start_folder(args, recipe, changed, model, examples, inputs):
         files.write_json(os.path.join(args.run, "args.json"),
                         {"args": vars(args) | paths, "recipe": asdict(recipe), "not_as_in_the_paper": changed,
                          "versions": versions(), "fingerprints": {path: fingerprint(path) for path in inputs}})
-    return settings_of(args, recipe, examples.source)
+    return settings
+
+
+def input_files(args, examples, tests, *pictures):
+    """Paths of what a run reads, for args.json: all but images and features themselves."""
+    paths = [examples.source, *(part.source for part in tests.examples.values()), args.tokenizer]
+    if args.task == "xgqa":
+        paths.append(label_map(args))
+    if args.model == "uc2":
+        paths += [os.path.join(regions.folder, name) for regions in pictures for name in ("meta.json", "ids.txt")]
+        hard_negatives = os.path.join(args.data, "flickr30k", "hard_negative.pkl")
+        paths += [hard_negatives] if args.task == "xflickrco" and os.path.isfile(hard_negatives) else []
+    return paths
+
+
+def label_map(args):
+    return os.path.join(args.data, "gqa", "annotations", "trainval_ans2label.json")
 
 
 def check_space(folder, needed):
@@ -422,39 +481,48 @@ def check_space(folder, needed):
         raise InputError(f"{folder}: {free / 1e9:.1f} GB free, but the run's checkpoints need {needed / 1e9:.1f} GB")
 
 
+FLAGS = ("model", "task", "suf", "lr_decay", "train_top", "freeze", "order", "seed", "limit", "questions_per_image",
+         "first_image_negatives")  # that no resumed run may change, beside its recipe
+
+
 def settings_of(args, recipe, source):
     """What a resumed run must have in common with the run it continues."""
-    names = ("model", "task", "suf", "lr_decay", "train_top", "freeze", "order", "seed", "limit", "questions_per_image",
-             "first_image_negatives")
     processes = ranks()[1]
-    settings = {name: getattr(args, name) for name in names} | json.loads(json.dumps(asdict(recipe)))
-    settings |= {"processes x accumulation": processes * args.grad_accum, "training file": fingerprint(source)}
+    settings = {name: getattr(args, name) for name in FLAGS} | json.loads(json.dumps(asdict(recipe)))
+    settings |= {"processes x accumulation": processes * args.grad_accum, "training file": fingerprint(source),
+                 "tokenizer": fingerprint(args.tokenizer)}
+    if args.task == "xgqa":
+        settings["label map"] = fingerprint(label_map(args))
     if args.task == "xflickrco":  # the other processes' images and captions are negatives
         settings["processes"] = processes
     return settings
 
 
-def resume(args, model, optimizer, settings):
-    """Load last.pt into model and optimizer.
+def resume(run, settings, model=None, optimizer=None):
+    """Load last.pt into model and optimizer, or, without them, only check that it is one to go on from.
 
     -> optimizer steps done (0 where the run stopped before its first last.pt).
     """
-    path = os.path.join(args.run, "last.pt")
+    path = os.path.join(run, "last.pt")
     if not os.path.isfile(path):
         return 0
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["settings"]
-    except Exception as error:  # whatever a damaged file makes torch.load raise
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=model is None)
+        then, step = dict(state["settings"]), int(state["step"])
+        different = [name for name in settings if then.get(name) != settings[name]]
+        if model is not None and not different:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # whatever a damaged file makes torch raise
         raise InputError(f"{path}: not a readable state, or a truncated one ({type(error).__name__}); "
                          "without it, --resume starts over") from None
-    for name in settings:
-        if saved.get(name) != settings[name]:
-            raise InputError(f"{args.run}: cannot resume with other settings: {name} was {saved.get(name)}, "
-                             f"now {settings[name]}")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    if different:
+        raise other_setting(run, different[0], then.get(different[0]), settings[different[0]])
+    return step
+
+
+def other_setting(run, name, then, now):
+    return InputError(f"{run}: cannot resume with other settings: {name} was {then}, now {now}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,6 +605,12 @@ def print_plan(args, recipe, changed, model, examples, tests, labels):
     names = {"xgqa": labels, "xvnli": cclm.LABELS}.get(args.task, [])
     if unseen := [name for name in names if name not in seen]:
         say(f"note: {len(unseen):,} of {len(names):,} labels have no training example ({', '.join(unseen[:5])} …)")
+    known = set(labels)
+    outside = {language: sum(known.isdisjoint(record.answers) for record in part.records)
+               for language, part in tests.examples.items()} if args.task == "xgqa" else {}
+    if any(outside.values()):
+        counts = ", ".join(f"{language} {count}" for language, count in outside.items() if count)
+        say(f"note: test answers that are no label, and count as wrong: {counts}")
     say("not as in the paper: " + "; ".join(changed) if changed else "recipe: the paper's")
 
     rates, part, count = learning_rates(args, recipe, n), part_of(model), {}
@@ -560,14 +634,14 @@ def run(args):
     device, began = start(args), time.time()
     args.miniature = args.data is None
     if args.miniature:
-        args.data, args.checkpoint, args.tokenizer = mini.prepare(args.model, ranks()[0] == 0)
-        if dist.is_initialized():
-            dist.barrier()
+        args.data, args.checkpoint, args.tokenizer = on_all_ranks(mini.prepare, args.model, ranks()[0] == 0)[0]
     args.run = args.run or os.path.join("runs", f"{args.model}-{args.task}-{strategy_name(args)}-seed{args.seed}")
     if finished(args):
         return
     labels = data.read_labels(args.data) if args.task == "xgqa" else []
     model, config, recipe, changed = load_model(args, device, len(labels))
+    if args.train_top is not None and args.train_top > len(model.layers):
+        raise InputError(f"--train-top {args.train_top}: the model has {len(model.layers)} layers")
     tokenizer = data.Tokenizer(args.tokenizer)
     warning = tokenizer.check(config.get("tokenizer_sha256", data.XLMR_SHA256), model.sizes.vocabulary)
     if warning:
@@ -575,6 +649,7 @@ def run(args):
     evaluation.introduce(model, tokenizer, labels)
     examples, dataset = training_data(args, recipe, tokenizer, labels, "train")
     tests = evaluation.load_split(args, recipe, tokenizer, labels, "test")
+    evaluation.check_features(model, dataset.pictures, tests.pictures)
     accumulation(args, recipe, examples)
     batches = data.training_items(examples, recipe.batch_size, args.seed, 1, 0, 1, [0])
     args.layer_order = layer_order(args, model, dataset, itertools.islice(batches, 20), device)
@@ -582,7 +657,8 @@ def run(args):
     if args.dry_run:
         return
 
-    settings = start_folder(args, recipe, changed, model, examples, [examples.source, args.checkpoint, args.tokenizer])
+    inputs = [args.checkpoint, *input_files(args, examples, tests, dataset.pictures, tests.pictures)]
+    settings, *_ = on_all_ranks(start_folder, args, recipe, changed, model, examples, inputs)
     seconds = {"loading": time.time() - began, "evaluation": 0.0}
 
     def test():
@@ -613,9 +689,13 @@ def run(args):
 
 
 def finished(args):
-    """Whether the run to resume is complete already; says so."""
+    """Whether the run to resume is complete already; says so. InputError if it was one with other flags."""
     if not args.resume or not os.path.isfile(os.path.join(args.run, "results.json")):
         return False
+    then = evaluation.read_run(args.run)[0]
+    for name in (*FLAGS, "miniature", "epochs", "batch_size", "lr", "vision_lr", "embedding_lr", "few_shot", "shots"):
+        if getattr(then, name, None) != getattr(args, name):
+            raise other_setting(args.run, name, getattr(then, name, None), getattr(args, name))
     results = evaluation.read_results(args.run)
     say(f"{args.run} is complete\n{evaluation.table(results['task'], results['languages'])}")
     return True
@@ -671,7 +751,13 @@ def run_few_shot(args):
     evaluation.chosen_languages(args.task, args.few_shot)
     if args.few_shot == "en":
         raise InputError("--few-shot en: the run has been trained on English")
-    recipe = few_shot_recipe(args, Recipe(**vars(recipe)))
+    if wrong := contradiction(args):
+        raise InputError(wrong)
+    try:
+        recipe = few_shot_recipe(args, Recipe(**vars(recipe)))
+    except TypeError as error:
+        raise InputError(f"{os.path.join(args.init, 'args.json')}: not a recipe that this train.py knows "
+                         f"({error})") from None
     tokenizer = data.Tokenizer(args.tokenizer)
     labels = data.read_labels(args.data) if args.task == "xgqa" else []
 
@@ -680,13 +766,17 @@ def run_few_shot(args):
         evaluation.introduce(model, tokenizer, labels)
         return model
 
-    english_model = load(os.path.join(args.init, "model.pt"))
+    english_weights = os.path.join(args.init, "model.pt")
+    english_model = load(english_weights)
     examples, dataset = training_data(args, recipe, tokenizer, labels, "few-shot")
     recipe = replace(recipe, batch_size=min(recipe.batch_size, len(examples)), vision_lr=None, embedding_lr=None)
     development = development_data(args, recipe, tokenizer, labels)
     tests = evaluation.load_split(args, recipe, tokenizer, labels, "test", ["en", args.few_shot])
+    evaluation.check_features(english_model, dataset.pictures, development.pictures, tests.pictures)
     accumulation(args, recipe, examples)
-    start_folder(args, recipe, [], english_model, examples, [examples.source, args.tokenizer])
+    inputs = input_files(args, examples, tests, dataset.pictures, tests.pictures)
+    inputs += [part.source for part in development.examples.values()] + [english_weights]
+    on_all_ranks(start_folder, args, recipe, [], english_model, examples, inputs)
     say(f"{args.model} on {args.task}, {args.few_shot}: {len(examples):,} examples on {len(examples.image_keys):,} "
         f"images ({args.shots} shots), {recipe.epochs} epochs of {len(examples) // recipe.batch_size} steps of "
         f"{recipe.batch_size}")
@@ -738,7 +828,7 @@ def few_shot_rate(args, recipe, load, examples, dataset, development, device):
                 write_weights(os.path.join(folder, "best.pt"), model)
             log.add(step=step, epoch=epoch + 1, development=sum(values) / len(values))
 
-    settings = start_folder(args, recipe, [], model, examples, [examples.source])
+    settings, *_ = on_all_ranks(start_folder, args, recipe, [], model, examples, [examples.source])
     fit(model, examples, dataset, args, recipe, settings, device, after_epoch)
     if dist.is_initialized():
         dist.barrier()  # the log is complete for all who read it
@@ -747,10 +837,18 @@ def few_shot_rate(args, recipe, load, examples, dataset, development, device):
 
 def main(argv=None):
     args, callers_group = parse_args(argv, __doc__.split("\n\n")[0]), dist.is_initialized()
+    on_signals(interrupt)
     try:
         run_few_shot(args) if args.few_shot else run(args)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt as signalled:
+        say("stopped; the same command with --resume goes on from what was saved last")
+        sys.exit(128 + signalled.args[0])
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        sys.exit(f"error: process {ranks()[0]} has lost another one, whose message tells why")
     finally:
         if dist.is_initialized() and not callers_group:
             dist.destroy_process_group()

@@ -2,7 +2,8 @@
 
     python tests/benchmark.py                         base size (needs 16 GB of memory), on a GPU if there is one
     python tests/benchmark.py --size mini             seconds instead of minutes
-    python tests/benchmark.py --parts training,pairs  some of: training, answers, ranking, pairs, strategies, growth
+    python tests/benchmark.py --parts training,pairs  some of: training, precision, answers, ranking, pairs, strategies,
+                                                      growth
 
 The reference-style rungs do what the released code does: float32, attention written out, texts padded to the task's
 limit, the image encoder once per *question*, states tiled for 128 candidates whose logits over the whole vocabulary are
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import json
 import math
+import resource
 import statistics
 import sys
 import time
@@ -274,17 +276,21 @@ def autocast(on):
 # The parts
 
 
+def question_model(sizes, lr):
+    """-> (CCLM for xGQA with dropout off, so that losses can be compared; its AdamW)."""
+    torch.manual_seed(0)
+    model = cclm.CCLM(sizes, "xgqa", dropout=0.0, drop_path=0.0).to(DEVICE)
+    groups = train.parameter_groups(model, train.part_of(model), dict.fromkeys(train.part_of(model).values(), lr), 0.01)
+    return model, train.make_optimizer(groups, RECIPES["cclm", "xgqa"])
+
+
 def training(size, repeat, compile_too):
     """xGQA training steps with CCLM: 16 questions over 4 images, dropout off so that losses can be compared."""
     sizes = SIZES[size][0]
-    torch.manual_seed(0)
-    model = cclm.CCLM(sizes, "xgqa", dropout=0.0, drop_path=0.0).to(DEVICE)
+    model, optimizer = question_model(sizes, 0.0)
     batch = question_batch(sizes, 16, 4)
     ungrouped = {name: tensor for name, tensor in batch.items()
                  if name != "image_index"} | {"images": batch["images"][batch["image_index"]]}
-    groups = train.parameter_groups(model, train.part_of(model),
-                                    dict.fromkeys(train.part_of(model).values(), 0.0), 0.01)
-    optimizer = train.make_optimizer(groups, RECIPES["cclm", "xgqa"])
     halves = [part(ungrouped, slice(0, 8)), part(ungrouped, slice(8, 16))]  # what fits in memory one image per question
 
     def step(losses_of, fused=True, bf16=False):
@@ -330,6 +336,42 @@ def training(size, repeat, compile_too):
     return {"rungs": rows, "flops_per_question": flops / 16}
 
 
+def precision(size, *_):
+    """bf16 against float32: losses of a training from one seed. On a GPU at base size it is compiled, and timed."""
+    fast = size == "base" and DEVICE.type == "cuda"
+    sizes, steps = (SIZES["base"][0], 50) if fast else (SIZES["mini"][0], 100)  # the mini size is for any CPU
+    batches = [question_batch(sizes, 64 if fast else 16, 4, seed) for seed in range(8)]
+    losses, seconds = {}, {}
+    for bf16 in (False, True):
+        model, optimizer = question_model(sizes, 3e-5 if fast else 1e-3)
+        loss_of = torch.compile(model, dynamic=True) if fast else model
+        losses[bf16], times = [], []
+        for step in range(steps):
+            began = time.perf_counter()
+            train.set_rates(optimizer, train.lr_factor(step, steps, 0.1 * steps), step, RECIPES["cclm", "xgqa"])
+            with autocast(bf16):
+                loss = loss_of(batches[step % len(batches)])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[bf16].append(loss.item())
+            times.append(time.perf_counter() - began)
+        seconds[bf16] = statistics.median(times[steps // 2 :])  # compiled and warm
+    smooth = torch.tensor([losses[False], losses[True]]).unfold(1, 10, 1).mean(2)  # of 10 steps
+    difference = ((smooth[1] - smooth[0]).abs() / smooth[0]).max().item()
+    print(f"\nbf16 against float32, CCLM {'base, compiled' if fast else 'mini'}, {steps} training steps\n"
+          f"  loss {smooth[0, 0]:.3f} to {smooth[0, -1]:.3f} in float32, {smooth[1, 0]:.3f} to {smooth[1, -1]:.3f} in "
+          f"bf16; means of 10 steps differ by at most {difference:.2%}")
+    result = {"steps": steps, "losses": {"float32": losses[False], "bf16": losses[True]}, "difference": difference}
+    if fast:
+        flops = 3 * statistics.fmean(count_flops(lambda batch=batch: model(batch)) for batch in batches)
+        peak = matmul_peak(torch.bfloat16)
+        result |= {"seconds_per_step": seconds[True], "share_of_matmul_peak": flops / seconds[True] / peak}
+        print(f"  bf16: {seconds[True]:.3f} s a step of 64 questions, {result['share_of_matmul_peak']:.0%} of the "
+              f"matmul peak of {peak / 1e12:.3f} TFLOP/s (float32: {seconds[False]:.3f} s)")
+    return result
+
+
 @torch.inference_mode()
 def answers(size, repeat, _):
     """xGQA evaluation: the questions of one image in 8 languages, all 1,842 labels."""
@@ -369,7 +411,8 @@ def answers(size, repeat, _):
             teach_frequencies(model.decoder, labels)
         rungs = [("reference-style: 128 candidates, one image pass per question", 2, reference),
                  ("ours: exact argmax of all 1,842 labels, one image pass per question", 2, lambda: ours(False)),
-                 (f"+ image encoded once for {asked} questions in {LANGUAGES} languages", len(many), lambda: ours(True)),
+                 (f"+ image encoded once for {asked} questions in {LANGUAGES} languages", len(many),
+                  lambda: ours(True)),
                  ("+ bf16", len(many), lambda: ours(True, True))]
         rows = ladder(f"xGQA evaluation, CCLM {size}, {name}", rungs, "questions", repeat)
         slow, fast = ours(False), ours(True)[: len(few)]
@@ -544,8 +587,8 @@ def growth(size, repeat, _):
     return {"rows": rows}
 
 
-PARTS = {"training": training, "answers": answers, "ranking": ranking, "pairs": pairs, "strategies": strategies,
-         "growth": growth}
+PARTS = {"training": training, "precision": precision, "answers": answers, "ranking": ranking, "pairs": pairs,
+         "strategies": strategies, "growth": growth}
 
 
 def main():
@@ -561,9 +604,12 @@ def main():
         parser.error(f"no part {unknown[0]!r}; parts are {', '.join(PARTS)}")
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {name}, {args.size} size, {args.repeat} repetitions")
-    results = {"device": name, "torch": torch.__version__, "size": args.size}
+    results = {"device": name, "torch": torch.__version__, "size": args.size, "peak_memory_so_far_bytes": {}}
     for part in args.parts.split(","):
         results[part] = PARTS[part](args.size, args.repeat, args.compile)
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux
+        results["peak_memory_so_far_bytes"][part] = peak
+        print(f"  main memory up to here: {peak / 1e9:.1f} GB at most")
         Path(args.json).write_text(json.dumps(results, indent=1))
 
 

@@ -8,6 +8,7 @@ something that is not well-formed (see `test_mutations`).
 import copy
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -225,6 +226,15 @@ def test_missing_file_names_what_was_looked_for(tmp_path):
     (tmp_path / "test.json").mkdir()
     with pytest.raises(InputError, match="test.json: cannot be read"):
         data.read_gqa(tmp_path / "test.json")
+
+
+def test_files_beyond_the_memory(tmp_path, monkeypatch):
+    def no_memory(path, mode):
+        raise MemoryError
+
+    monkeypatch.setattr(files, "open", no_memory, raising=False)
+    with pytest.raises(InputError, match="file: too large to read"):
+        files.read_bytes(tmp_path / "file")
 
 
 LONG = "x" * 1_000_000
@@ -474,6 +484,11 @@ def test_image_cache(made, tmp_path):
     assert torch.equal(direct.batch([1])["images"],
                        data.Images(world, "xgqa", keys, 16, cache=str(tmp_path)).batch([1])["images"])
     file, = tmp_path.iterdir()  # no temporary file stays
+    folder = shutil.copytree(made / "world/gqa/images", tmp_path / "copy/gqa/images").parent.parent
+    for source in keys[1], keys[2]:  # a replaced image is seen, and not its predecessor's pixels
+        os.replace(folder / f"gqa/images/{source}.jpg", folder / f"gqa/images/{keys[0]}.jpg")
+        replaced = data.Images(str(folder), "xgqa", keys[:1], 16, cache=str(folder))
+        assert torch.equal(replaced.batch([0])["images"], direct.batch([keys.index(source)])["images"])
     for content in (b"", file.read_bytes()[:200], b"x" * 300):
         file.write_bytes(content)
         assert_refused(lambda folder: data.Images(world, "xgqa", keys, 16, cache=str(folder)), tmp_path, file,
@@ -674,6 +689,17 @@ def save(content):
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
+
+
+def test_checkpoints_of_the_older_format(tmp_path):
+    content = {"model": {"weight": torch.arange(3.0)}, "config": {"heads": 2}}
+    torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=False)
+    tensors, config = read_checkpoint(str(tmp_path / "file.pt"))
+    assert torch.equal(tensors["weight"], torch.arange(3.0)) and config == {"heads": 2}
+    torch.save(content | {"more": Bomb(str(tmp_path / "executed"))}, tmp_path / "file.pt",
+               _use_new_zipfile_serialization=False)
+    assert_refused(lambda folder: read_checkpoint(str(folder / "file.pt")), tmp_path, "file.pt")
+    assert not (tmp_path / "executed").exists()
 
 
 HOSTILE_CHECKPOINTS = {  # name -> bytes
@@ -1084,7 +1110,7 @@ CLI = {  # name -> (model, task, what is done to a copy of `made`, part of the m
                              "uc2.pt: the recipe", []),
     "recipe without epochs": ("uc2", "xvnli", lambda f: change_recipe(f, lambda recipes: {"xvnli": {"epochs": -1}}),
                               "uc2.pt: the recipe", []),
-    "weights not finite": ("uc2", "xvnli", weights_not_finite, "loss nan and gradient norm nan at step 0", []),
+    "weights not finite": ("uc2", "xvnli", weights_not_finite, "loss nan and gradient norm nan at step 1", []),
     "tokenizer of another model": ("uc2", "xvnli",
                                    lambda f: os.replace(f / "tokenizer200.model", f / "tokenizer220.model"),
                                    "202 ids, but the checkpoint embeds 222", []),
@@ -1254,8 +1280,17 @@ def assert_same(a, b):
         assert torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name], name
 
 
+@pytest.fixture
+def spawning():
+    """New processes start afresh, as on macOS and, from Python 3.14 on, nearly so everywhere."""
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(usual, force=True)
+
+
 @pytest.mark.parametrize("share_images", [False, True])
-def test_batches_do_not_depend_on_workers(share_images, picture_folder):
+def test_batches_do_not_depend_on_workers(share_images, picture_folder, spawning):
     dataset = make_dataset(picture_folder, share_images)
     items = [(epoch, np.array(rows)) for epoch in range(2) for rows in ([0, 5, 3, 8], [10, 2, 1, 11], [4, 6, 7, 9])]
     alone = list(data.load_batches(dataset, items, 0, torch.device("cpu")))
@@ -1382,6 +1417,8 @@ def test_limit_and_keep(made):
     assert [record.id for record in neutral.records] == [record.id for record in everything.records[:10]
                                                          if record.label == "neutral"]
     assert all(replace(a) == b for a, b in zip(neutral.records, neutral.records))
+    with pytest.raises(InputError, match="train.jsonl: no records with text"):
+        data.load_examples(world, "xvnli", "train", rules, Words(), keep=lambda text, record: False)
 
 
 def test_unknown_training_answers_are_named():

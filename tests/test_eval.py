@@ -53,6 +53,13 @@ def refused(*arguments):
     return error
 
 
+def change(path, edit):
+    """Replace the content of a JSON file by edit(content), or what edit makes of it in place."""
+    content = read(path)
+    edited = edit(content)
+    path.write_text(json.dumps(content if edited is None else edited))
+
+
 def shaken(run, languages):
     """-> (a run's model with random numbers added to its weights, so that its predictions differ
     from text to text; some of its test data).
@@ -109,6 +116,33 @@ def test_what_cannot_be_evaluated(run, tmp_path):
     assert "not the folder of a run of train.py" in refused(tmp_path / "nothing")
 
 
+def test_features_of_another_width(run, tiny, tmp_path):
+    folder, world = run("uc2-xvnli"), shutil.copytree(tiny / "data", tmp_path / "data", symlinks=True)
+    width = read(world / "flickr30k" / "features" / "meta.json")["dim"]
+    features = np.load(world / "flickr30k" / "features" / "features.npy")
+    np.save(world / "flickr30k" / "features" / "features.npy", features[..., :-1])
+    change(world / "flickr30k" / "features" / "meta.json", lambda meta: meta.update(dim=width - 1))
+    change(folder / "args.json", lambda stored: stored["args"].update(data=str(world)))
+    assert f"flickr30k/features: features of width {width - 1}, the checkpoint reads {width}" in refused(folder)
+
+
+@pytest.mark.parametrize("file, edit, message", [
+    ("args.json", lambda stored: {"args": {}, "recipe": {}}, "args.json, args: no field 'model'"),
+    ("args.json", lambda stored: stored | {"args": []}, "args.json, args: expected an object"),
+    ("args.json", lambda stored: stored | {"recipe": {"epochs": "two"}}, "'epochs' must be int"),
+    ("args.json", lambda stored: stored["args"].update(model="bert"), "unknown model 'bert'"),
+    ("results.json", lambda results: {}, "results.json: no field 'task'"),
+    ("results.json", lambda results: results.update(languages={"en": {}}), "en: no field 'accuracy'"),
+    ("results.json", lambda results: results.update(languages={}), "have no language in common"),
+    ("predictions/fr.json", lambda entries: [], "fr.json: expected a list of predictions"),
+    ("predictions/fr.json", lambda entries: {}, "fr.json: expected a list of predictions"),
+    ("predictions/fr.json", lambda entries: [[1]], "fr.json: expected a list of predictions")])
+def test_damaged_runs(file, edit, message, run):
+    folder = run("uc2-xvnli")
+    change(folder / file, edit)
+    assert message in refused("--compare", folder, folder)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two runs
 
@@ -141,6 +175,10 @@ def test_compare(runs, capsys):
     rows = compared(capsys, runs / "cclm-xflickrco", runs / "cclm-xflickrco")
     assert {metric for metric, _ in rows} == {"TR@1", "IR@1"} and all(row[2:] == (0, 0, 0) for row in rows.values())
     assert "nothing to compare" in refused("--compare", a, runs / "uc2-xvnli")
+    for flags in (["--languages", "de"], ["--epoch", 1], ["--split", "dev"]):
+        with pytest.raises(SystemExit, match="2"):
+            run_eval("--compare", a, b, *flags)
+        assert capsys.readouterr().err == "error: --languages, --split and --epoch go with the folder of a run\n"
 
 
 def test_compare_by_hand(run, tiny, capsys):
@@ -205,10 +243,30 @@ def test_missing_and_unknown_predictions_are_told(tiny, tmp_path, capsys):
     assert "expected a list" in refused("--score", path, "--truth", truth)
     path.write_text(json.dumps([{"questionId": "1"}]))
     assert "entry 0: no field 'prediction'" in refused("--score", path, "--truth", truth)
+    (tmp_path / "truth.json").write_text("{}")
+    path.write_text("[]")
+    assert "truth.json: no records" in refused("--score", path, "--truth", tmp_path / "truth.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The evaluation itself
+
+
+def test_languages_without_labels_or_types():
+    """A test file of "-" alone; a language whose questions have no types: a score all the same, "-" in the table."""
+    pairs = [data.Record("1", "1", "a", label="-")]
+    results = {"en": evaluation.score_labels([data.Record("1", "1", "a", label="neutral"), *pairs], ["neutral"] * 2),
+               "fr": evaluation.score_labels(pairs, ["neutral"])}
+    assert (results["fr"]["accuracy"], results["fr"]["accuracy_labelled"]) == (0, None)
+    rows = [line.split() for line in evaluation.table("xvnli", results).splitlines()]
+    assert rows[1:] == [["en", "50.0", "100.0", "100.0"], ["fr", "0.0", "-", "-"],
+                        ["mean", "of", "1", "others", "0.0", "-", "-"]]
+    typed, untyped = (data.Record("1", "1", "a", {"yes": 1.0}, type=name) for name in ("verify", ""))
+    results = {language: evaluation.score_answers([record], ["yes"])
+               for language, record in {"en": untyped, "de": typed, "ko": untyped}.items()}
+    rows = [line.split() for line in evaluation.table("xgqa", results).splitlines()]
+    assert rows == [["accuracy", "verify"], ["en", "100.0", "-"], ["de", "100.0", "100.0"], ["ko", "100.0", "-"],
+                    ["mean", "of", "2", "others", "100.0", "100.0"]]
 
 
 @pytest.mark.parametrize("name", ["cclm-xgqa", "uc2-xvnli", "cclm-xflickrco"])

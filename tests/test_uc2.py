@@ -3,6 +3,7 @@ is refused, and texts that share images.
 """
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,27 @@ def test_pretrained_file_loads(kind, task, first, last, text_norm, image_norm):
             assert len(parameter) == (1842 if task == "xgqa" else 3) and 0.018 < parameter.std() < 0.022
         else:
             assert name.startswith(("answer_head.", "label_head."))
+
+
+@pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 6e9,
+                    reason="needs 6 GB of free memory")
+def test_full_size_step_and_evaluation(volta, deterministic):
+    """At base size, 36 regions of 2048 numbers, random weights: one training step and one evaluation batch on a CPU."""
+    model = uc2.UC2(uc2.read_sizes(volta, {}, "file"), "xgqa")
+    batch = {"features": torch.randn(1, 36, 2048).half(), "locations": torch.rand(1, 36, 7),
+             "region_mask": torch.ones(1, 36, dtype=torch.long), "image_index": torch.tensor([0, 0]),
+             "input_ids": torch.tensor([[0, 100, 2000, 30000, 2], [0, 250000, 2, 1, 1]]),
+             "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]), "targets": torch.zeros(2, 1842)}
+    batch["targets"][[0, 1], [5, 1841]] = 1
+    before = model(batch)
+    assert 0 < before.item() < 10_000
+    before.backward()
+    torch.optim.SGD(model.parameters(), lr=1e-5).step()
+    model.eval()
+    with torch.inference_mode():
+        assert model(batch) < before
+        states = model.encode_texts(batch["input_ids"], batch["attention_mask"])
+        assert model.predict(states, batch["attention_mask"], model.memory(batch)).shape == (2,)
 
 
 @pytest.mark.parametrize("task", TASK_MODELS)
