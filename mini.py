@@ -44,7 +44,7 @@ WORLD_SEED = 0  # of data and tokenizer, whatever the seed of pre-training
 RECIPE = {
     "cclm": {"lr": 1e-3, "vision_lr": 1e-3 * 2 / 3, "embedding_lr": 1e-4, "suf_k": 1, "dropout": 0.0, "drop_path": 0.0,
              "augment": False, "few_shot_lrs": [1e-3, 5e-4, 1e-4]},
-    "uc2": {"lr": 1e-3, "embedding_lr": 1e-4, "suf_k": 1, "dropout": 0.0, "few_shot_lrs": [1e-3, 5e-4, 1e-4]},
+    "uc2": {"lr": 5e-4, "embedding_lr": 5e-5, "suf_k": 1, "dropout": 0.0, "few_shot_lrs": [5e-4, 2.5e-4, 5e-5]},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
