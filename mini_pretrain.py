@@ -274,7 +274,9 @@ def pretrain(name, size, tokenizer, seed, steps, device=torch.device("cpu")):
     model = new_model(name, size, tokenizer.vocabulary).to(device)
     if steps:
         run_steps(model, name, size, tokenizer, seed, steps, device)
-    return model, matching_accuracy(model, make_corpus(name, size, tokenizer, 1000, 6000, seed + 1000), device)
+    p = PRETRAINING[size]
+    unseen = make_corpus(name, size, tokenizer, p.scenes // 10, p.sentences // 10, seed + 1000)
+    return model, matching_accuracy(model, unseen, device)
 
 
 def run_steps(model, name, size, tokenizer, seed, steps, device):

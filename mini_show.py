@@ -10,6 +10,7 @@ import sentencepiece
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+import eval as evaluation
 import files
 from files import InputError
 
@@ -24,7 +25,8 @@ INK, GREY, RIGHT, WRONG = (20, 20, 20), (130, 130, 130), (20, 120, 40), (190, 40
 
 def contact_sheet(world, tokenizer, runs, path):
     """Write a PNG. runs: folders of two finished xGQA runs on the miniature. InputError for anything else."""
-    answers = [read_answers(run) for run in runs]
+    answers, results = [read_answers(run) for run in runs], [evaluation.read_results(run) for run in runs]
+    titles = [f"{result['model']} {result['strategy']}" for result in results]
     records = {language: {record.id: record for record in data.read_records(world, "xgqa", "test", language)[1]}
                for language in LANGUAGES}
     chosen = choose(records["en"], answers)
@@ -41,7 +43,7 @@ def contact_sheet(world, tokenizer, runs, path):
     block = QUESTIONS_PER_SCENE * (len(LANGUAGES) + 1) * LINE
     sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + 2 * LINE + len(chosen) * (block + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
-    for x, title in zip(COLUMNS, ("", "question", *(os.path.basename(os.path.normpath(run)) for run in runs))):
+    for x, title in zip(COLUMNS, ("", "question", *titles)):
         text(x, MARGIN, title, GREY)
     y = MARGIN + 2 * LINE
     for image, questions in chosen:

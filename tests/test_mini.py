@@ -79,7 +79,7 @@ def test_every_pair_trains_and_evaluates(model, task, strategy, tmp_path):
 @pytest.fixture
 def little(monkeypatch):
     """Pre-training of a few steps on a few sentences, of the same models."""
-    small = dataclasses.replace(mini_pretrain.PRETRAINING["small"], scenes=60, sentences=200, steps=6, phrase_steps=3,
+    small = dataclasses.replace(mini_pretrain.PRETRAINING["small"], scenes=200, sentences=400, steps=6, phrase_steps=3,
                                 vision_steps=2)
     monkeypatch.setitem(mini_pretrain.PRETRAINING, "small", small)
 
