@@ -8,14 +8,16 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, train_command
+from conftest import ROOT, save_tiny_checkpoints, train_command
 
 import train
 
@@ -192,6 +194,68 @@ def test_few_shot(tiny, runs, tmp_path):
     assert "on 5 images (5 shots)" in output and "chosen on" in output
 
 
+@pytest.mark.parametrize("flags", [["--questions-per-image", 4], ["--image-cache", "cache"]], ids=["shared", "cached"])
+def test_faster_ways(flags, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(train_command(tiny, "cclm", "xgqa", tmp_path / "run", *flags, "--epochs", 1))
+    assert len(log(tmp_path / "run")) == 5 and all(entry.get("loss", 1.0) > 0 for entry in log(tmp_path / "run"))
+    assert (flags[0] == "--image-cache") == any(tmp_path.glob("cache/*.npy"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, and what is told
+
+
+@pytest.mark.parametrize("model, task, flags, part", [
+    ("cclm", "xgqa", ["--train-top", 99], "--train-top 99: the model has 5 layers"),
+    ("cclm", "xgqa", ["--train-top", -1], "must not be negative"),
+    ("cclm", "xgqa", ["--lr-decay", 1.5], "--lr-decay must be at most 1, got 1.5"),
+    ("cclm", "xgqa", ["--lr-decay", "nan"], "--lr-decay must be positive, got nan"),
+    ("cclm", "xgqa", ["--lr", "inf"], "--lr must be positive, got inf"),
+    ("cclm", "xgqa", ["--first-image-negatives"], "UC2's training on xFlickrCO alone"),
+    ("cclm", "xflickrco", ["--questions-per-image", 2], "--questions-per-image: CCLM's"),
+    ("uc2", "xgqa", ["--vision-lr", 1e-3], "--vision-lr: UC2 has no image encoder"),
+    ("uc2", "xgqa", ["--image-cache", "cache"], "--image-cache: UC2 has no image encoder"),
+    ("uc2", "xgqa", ["--run-dir", ROOT / "train.py" / "run"], "cannot write there (Not a directory)"),
+    ("uc2", "xvnli", ["--checkpoint", "wide/uc2.pt"], "the checkpoint reads 9"),
+])
+def test_refused(model, task, flags, part, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if "wide/uc2.pt" in flags:
+        (tmp_path / "wide").mkdir()
+        save_tiny_checkpoints(tmp_path / "wide", tiny / "tokenizer.model", 9)
+    with pytest.raises(SystemExit) as end:
+        train.main(train_command(tiny, model, task, tmp_path / "run", *flags)[2:])
+    lines = [line for line in f"{end.value.code}\n{capsys.readouterr().err}".splitlines() if "error: " in line]
+    assert len(lines) == 1 and part in lines[0] and not (tmp_path / "run").exists()
+
+
+def test_answers_that_are_no_label_are_told(tiny, tmp_path):
+    folder = shutil.copytree(tiny / "data", tmp_path / "data", copy_function=os.link)
+    path = next(folder.glob("xGQA/annotations/few_shot/de/test.json"))
+    questions = json.loads(path.read_text())
+    for question in list(questions.values())[:2]:
+        question["answer"] = "no label"
+    path.unlink()
+    path.write_text(json.dumps(questions))
+    output = run(train_command(tiny, "uc2", "xgqa", tmp_path / "run", "--data", folder, "--dry-run"))
+    assert "note: test answers that are no label, and count as wrong: de 2\n" in output
+
+
+def test_versions_and_fingerprints(tiny, runs, monkeypatch):
+    folder, _ = runs("uc2", "xflickrco")
+    stored = json.loads((folder / "args.json").read_text())
+    assert stored["versions"].keys() == {"python", "torch", "torchvision", "numpy", "sentencepiece", "pillow", "commit",
+                                         "uncommitted_changes"}
+    names = {os.path.basename(path) for path in stored["fingerprints"]}
+    assert names >= {"train_ann.jsonl", "test.jsonl", "uc2.pt", "tokenizer.model", "meta.json", "ids.txt",
+                     "hard_negative.pkl"}
+    tests = tiny / "data" / "xFlickrCO" / "annotations"
+    assert stored["fingerprints"].keys() >= {str(tests / language / "test.jsonl") for language in ("en", "zh")}
+    monkeypatch.setenv("PATH", "")  # git is not there
+    assert train.versions()["commit"] is train.versions()["uncommitted_changes"] is None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping and going on
 
@@ -230,23 +294,57 @@ def test_resumed_equals_uninterrupted(number, tiny, uninterrupted, tmp_path):
     assert_same_run(uninterrupted, tmp_path / "broken")
 
 
+@pytest.mark.parametrize("module, function", [(train.data, "load_examples"), (train.evaluation, "evaluate")],
+                         ids=["loading", "evaluating"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_outside_a_step_end_at_once(module, function, number, tiny, tmp_path, monkeypatch, capsys):
+    def signalled(*args, **options):
+        os.kill(os.getpid(), number)
+        pytest.fail("the run went on")
+
+    monkeypatch.setattr(module, function, signalled)
+    with pytest.raises(SystemExit) as end:
+        train.main(train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--eval-every-epoch")[2:])
+    assert end.value.code == 128 + number and "--resume goes on" in capsys.readouterr().out
+
+
 def test_damaged_states_are_told(tiny, tmp_path):
-    command = train_command(tiny, "uc2", "xvnli", tmp_path / "run")
+    folder = tmp_path / "run"
+    command = train_command(tiny, "uc2", "xvnli", folder)
     run(command)
     assert "a run is already here" in refused(command)
     assert "is complete" in run([*command, "--resume"])
-    (tmp_path / "run" / "results.json").unlink()
+    assert "cannot resume with other settings: suf was None, now 2" in refused([*command, "--resume", "--suf", "2"])
+    (folder / "results.json").unlink()
+    before = (folder / "args.json").read_bytes()
     assert "cannot resume with other settings: lr was 0.001, now 0.5" in refused([*command, "--resume", "--lr", "0.5"])
-    (tmp_path / "run" / "last.pt").write_bytes((tmp_path / "run" / "last.pt").read_bytes()[:1000])
+    assert (folder / "args.json").read_bytes() == before
+
+    lines = (folder / "log.jsonl").read_text().splitlines(True)
+    for line, part in ((lines[1][:9] + "\n", "malformed JSON"), ("[]\n", "with the field 'step'")):
+        (folder / "log.jsonl").write_text("".join([lines[0], line, *lines[2:]]))
+        error = refused([*command, "--resume"])
+        assert "log.jsonl, line 2: " in error and part in error
+    state = torch.load(folder / "last.pt", weights_only=True)
+    first, *others = state["model"]
+    for damage in ({"optimizer": []}, {"step": "x"}, {"settings": 1}, {"model": {n: state["model"][n] for n in others}}):
+        torch.save(state | damage, folder / "last.pt")
+        assert "last.pt: not a readable state, or a truncated one" in refused([*command, "--resume"])
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
     assert "last.pt: not a readable state, or a truncated one" in refused([*command, "--resume"])
     assert "nothing to resume yet, starting" in run(train_command(tiny, "uc2", "xvnli", tmp_path / "none", "--resume"))
+
+    stored = json.loads((tmp_path / "none" / "args.json").read_text())
+    (tmp_path / "none" / "args.json").write_text(json.dumps(stored | {"recipe": stored["recipe"] | {"speed": 1}}))
+    few_shot = ["train.py", "", "--few-shot", "ar", "--shots", "5", "--init", str(tmp_path / "none")]
+    assert "args.json: not a recipe that this train.py knows" in refused(few_shot)
 
 
 def test_numbers_that_go_wrong_stop_the_run(tiny, tmp_path):
     error = refused(train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--lr", "1e30"))
     assert "nonfinite-0.json" in error
     report = json.loads((tmp_path / "run" / "nonfinite-0.json").read_text())
-    assert len(report["records"]) == 32 and report["step"] > 0
+    assert len(report["records"]) == 32 and report["step"] > 1  # from 1; the rate of the first step is 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,6 +426,37 @@ def test_resume_with_other_processes(tiny, tmp_path):
 
 
 def test_one_failing_process_ends_all(tiny, tmp_path):
-    done = subprocess.run(torchrun(train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--lr", "1e30")),
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "nonfinite" in done.stderr and not (tmp_path / "run" / "results.json").exists()
+    """A folder that only the first process looks at, different states, and in the end an image that only one process
+    reads: one line from each process that has something to tell, and no traceback.
+    """
+    folder = shutil.copytree(tiny / "data", tmp_path / "data", copy_function=os.link)
+    features = folder / "flickr30k/features"
+    image = train.data.read_records(folder, "xvnli", "train")[1][0].image
+    row = (features / "ids.txt").read_text().splitlines().index(image)
+    array = np.load(features / "features.npy")
+    array[row if array.ndim == 3 else np.load(features / "offsets.npy")[row]] = np.nan
+    (features / "features.npy").unlink()
+    np.save(features / "features.npy", array)
+
+    flags = ["--save-every", 1, "--limit", 32]
+    wrong = train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--lr", "1e30", *flags)[2:]
+    spoilt = train_command(tiny, "uc2", "xvnli", tmp_path / "spoilt", "--data", folder, *flags)[2:]
+    (tmp_path / "all.py").write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.dist.init_process_group("gloo")
+rank, own = train.ranks()[0], ["--run-dir", {str(tmp_path / "run")!r} + train.ranks()[0] * "-other"]
+for command in ({wrong!r}, {wrong!r}, [*{wrong!r}, *own, "--resume"]):
+    try:
+        train.main(command)
+    except SystemExit as end:
+        print(f"process {{rank}}: {{end.code}}", flush=True)
+train.main({spoilt!r})
+""")
+    done = subprocess.run(torchrun(["python", str(tmp_path / "all.py")]), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and not (tmp_path / "spoilt" / "results.json").exists()
+    for part in ("nonfinite-0.json", "nonfinite-1.json", "process 0: error: {run}: a run is already here", "process 1: 1",
+                 "see different last.pt"):
+        assert part.format(run=tmp_path / "run") in done.stdout, done.stdout
+    assert "are not finite" in done.stderr and "has lost the connection to another one" in done.stderr, done.stderr
+    assert done.stderr.count("Traceback") == 1, done.stderr  # torchrun's own
