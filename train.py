@@ -636,7 +636,7 @@ def run(args):
     if args.miniature:
         args.data, args.checkpoint, args.tokenizer = on_all_ranks(mini.prepare, args.model, ranks()[0] == 0)[0]
     args.run = args.run or os.path.join("runs", f"{args.model}-{args.task}-{strategy_name(args)}-seed{args.seed}")
-    if finished(args):
+    if on_all_ranks(finished, args)[0]:
         return
     labels = data.read_labels(args.data) if args.task == "xgqa" else []
     model, config, recipe, changed = load_model(args, device, len(labels))
@@ -746,7 +746,7 @@ def run_few_shot(args):
     for name in ("model", "task", "data", "checkpoint", "tokenizer", "miniature", "image_cache"):
         setattr(args, name, getattr(english, name))
     args.run, args.layer_order = args.run or f"{args.init.rstrip(os.sep)}-{args.few_shot}{args.shots}", None
-    if finished(args):
+    if on_all_ranks(finished, args)[0]:
         return
     evaluation.chosen_languages(args.task, args.few_shot)
     if args.few_shot == "en":

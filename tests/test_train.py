@@ -326,8 +326,9 @@ def test_damaged_states_are_told(tiny, tmp_path):
         error = refused([*command, "--resume"])
         assert "log.jsonl, line 2: " in error and part in error
     state = torch.load(folder / "last.pt", weights_only=True)
-    first, *others = state["model"]
-    for damage in ({"optimizer": []}, {"step": "x"}, {"settings": 1}, {"model": {n: state["model"][n] for n in others}}):
+    _, *others = state["model"]
+    some = {name: state["model"][name] for name in others}
+    for damage in ({"optimizer": []}, {"step": "x"}, {"settings": 1}, {"model": some}):
         torch.save(state | damage, folder / "last.pt")
         assert "last.pt: not a readable state, or a truncated one" in refused([*command, "--resume"])
     (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
@@ -426,37 +427,33 @@ def test_resume_with_other_processes(tiny, tmp_path):
 
 
 def test_one_failing_process_ends_all(tiny, tmp_path):
-    """A folder that only the first process looks at, different states, and in the end an image that only one process
-    reads: one line from each process that has something to tell, and no traceback.
+    """A folder that only the first process looks at, states that differ, and in the end features that only one process
+    cannot use: one line from each process that has something to tell, and no traceback.
     """
     folder = shutil.copytree(tiny / "data", tmp_path / "data", copy_function=os.link)
-    features = folder / "flickr30k/features"
-    image = train.data.read_records(folder, "xvnli", "train")[1][0].image
-    row = (features / "ids.txt").read_text().splitlines().index(image)
-    array = np.load(features / "features.npy")
-    array[row if array.ndim == 3 else np.load(features / "offsets.npy")[row]] = np.nan
-    (features / "features.npy").unlink()
-    np.save(features / "features.npy", array)
-
-    flags = ["--save-every", 1, "--limit", 32]
-    wrong = train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--lr", "1e30", *flags)[2:]
-    spoilt = train_command(tiny, "uc2", "xvnli", tmp_path / "spoilt", "--data", folder, *flags)[2:]
+    path = folder / "flickr30k" / "features" / "features.npy"
+    features = np.load(path)
+    path.unlink()
+    np.save(path, features * np.nan)
+    wrong = train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--save-every", 1, "--lr", "1e30")[2:]
+    fine = train_command(tiny, "uc2", "xvnli", tmp_path / "fine")[2:]
     (tmp_path / "all.py").write_text(f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
 train.dist.init_process_group("gloo")
-rank, own = train.ranks()[0], ["--run-dir", {str(tmp_path / "run")!r} + train.ranks()[0] * "-other"]
-for command in ({wrong!r}, {wrong!r}, [*{wrong!r}, *own, "--resume"]):
+rank = train.ranks()[0]
+elsewhere, spoilt = (["--run-dir", {str(tmp_path / "other")!r}], ["--data", {str(folder)!r}]) if rank else ([], [])
+for command in ({wrong!r}, {wrong!r}, [*{wrong!r}, *elsewhere, "--resume"]):
     try:
         train.main(command)
     except SystemExit as end:
         print(f"process {{rank}}: {{end.code}}", flush=True)
-train.main({spoilt!r})
+train.main([*{fine!r}, *spoilt])
 """)
     done = subprocess.run(torchrun(["python", str(tmp_path / "all.py")]), capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and not (tmp_path / "spoilt" / "results.json").exists()
-    for part in ("nonfinite-0.json", "nonfinite-1.json", "process 0: error: {run}: a run is already here", "process 1: 1",
-                 "see different last.pt"):
-        assert part.format(run=tmp_path / "run") in done.stdout, done.stdout
-    assert "are not finite" in done.stderr and "has lost the connection to another one" in done.stderr, done.stderr
+    assert done.returncode != 0 and not (tmp_path / "fine" / "results.json").exists()
+    for part in ("nonfinite-0.json", "nonfinite-1.json", f"process 0: error: {tmp_path / 'run'}: a run is already here",
+                 "process 1: 1", f"process 0: error: {tmp_path / 'run'}: the processes see different last.pt"):
+        assert part in done.stdout, done.stdout
+    assert "are not finite" in done.stderr and "process 0 has lost the connection" in done.stderr, done.stderr
     assert done.stderr.count("Traceback") == 1, done.stderr  # torchrun's own
