@@ -84,7 +84,10 @@ def recipe_of(args, config):
     flags = {name: getattr(args, name) for name in known if getattr(args, name, None) is not None}
     recipe = replace(paper, **own | flags)
     source = {name: "flag" if name in flags else "checkpoint" for name in own | flags}
-    changed = [f"{name} {getattr(recipe, name)} ({source[name]}; paper {getattr(paper, name)})"
+    def shown(value):
+        return f"{value:.3g}" if isinstance(value, float) else "as lr" if value is None else str(value)
+
+    changed = [f"{name} {shown(getattr(recipe, name))} ({source[name]}; paper {shown(getattr(paper, name))})"
                for name in source if getattr(recipe, name) != getattr(paper, name)]
     return recipe, changed
 
