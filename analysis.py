@@ -412,8 +412,12 @@ def types(runs):
 
 
 def of_type(results, name, where):
+    """Mean over the languages whose questions have types at all."""
     languages = ["en"] if where == "en" else [language for language in results if language != "en"]
-    return statistics.fmean(results[language]["by_type"][name]["accuracy"] for language in languages)
+    found = [results[language]["by_type"][name] for language in languages if name in results[language]["by_type"]]
+    if not found:
+        raise InputError(f"no question of type {name} in any language but English: there is nothing to average")
+    return statistics.fmean(scores["accuracy"] for scores in found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
