@@ -20,6 +20,7 @@ Letters: B texts, T text tokens, I images, P image patches, D width, H heads, A 
 tokens, V vocabulary, Q questions, N trie nodes.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -399,9 +400,13 @@ class AnswerDecoder(nn.Module):
         self.dense, self.norm = nn.Linear(s.width, s.width), nn.LayerNorm(s.width, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(s.vocabulary))
 
+    def transform(self, hidden):
+        """What meets the output matrix: [...,D] -> [...,D]."""
+        return self.norm(F.gelu(self.dense(hidden)))
+
     def logits(self, hidden):
         """[...,D] -> [...,V]."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), self.embeddings.word.weight, self.bias)
+        return F.linear(self.transform(hidden), self.embeddings.word.weight, self.bias)
 
     def memory(self, question_states):
         return [layer.cross_attention.keys_values(question_states) for layer in self.layers]
@@ -471,8 +476,9 @@ class AnswerTrie:
     Node 0 is <s>; every other node is one token after its parent.
 
     Tensors: tokens, depths, labels [N] (index of the label that ends here, or -1); ancestors [N, deepest]
-    (the path from <s> down to the parent, padded with 0); the children of node n are
-    child_nodes[child_start[n] : child_start[n] + child_count[n]].
+    (the path from <s> down to the parent, padded with 0); on_path [N, deepest] tells the padding; the children of
+    node n are child_nodes[child_start[n] : child_start[n] + child_count[n]]; vocabulary [S]: the tokens that occur,
+    </s> first, and columns [N]: where each node's token is in it.
     """
 
     def __init__(self, answers, device):
@@ -491,13 +497,17 @@ class AnswerTrie:
             if labels[node] == -1:  # labels with the same tokens cannot be told apart: the first one stands for all
                 labels[node] = label
         deepest = max(len(path) for path in paths)
+        column = {token: i for i, token in enumerate(dict.fromkeys([EOS, *tokens[1:]]))}
         self.tokens = torch.tensor(tokens, device=device)
         self.labels = torch.tensor(labels, device=device)
         self.depths = torch.tensor([len(path) for path in paths], device=device)
         self.ancestors = torch.tensor([path + [0] * (deepest - len(path)) for path in paths], device=device)
+        self.on_path = torch.arange(deepest, device=device) < self.depths[:, None]
         self.child_count = torch.tensor([len(c) for c in children], device=device)
         self.child_start = self.child_count.cumsum(0) - self.child_count
         self.child_nodes = torch.tensor([n for c in children for n in c.values()], device=device)
+        self.vocabulary = torch.tensor(list(column), device=device)
+        self.columns = torch.tensor([0, *(column[token] for token in tokens[1:])], device=device)
 
     def children(self, nodes):
         """nodes [n] -> (row [c], child [c]): every child node and the row of `nodes` that holds its parent."""
@@ -507,50 +517,106 @@ class AnswerTrie:
         return row, self.child_nodes[self.child_start[nodes][row] + position]
 
 
+class Normalizer:
+    """log sum exp of the logits over the whole vocabulary, exactly, or bounded from below at a hundredth of the cost.
+
+    The logits of the labels' own tokens are needed anyway. The other tokens count as many times the exponential of
+    their mean logit, which no sum of exponentials falls below (Jensen); the mean logit is that of the mean row.
+    """
+
+    def __init__(self, decoder, trie):
+        self.matrix, self.bias = decoder.embeddings.word.weight.float(), decoder.bias.float()  # [V,D], [V]
+        self.label_matrix, self.label_bias = self.matrix[trie.vocabulary], self.bias[trie.vocabulary]  # [S,D], [S]
+        self.others = len(self.bias) - len(trie.vocabulary)
+        self.mean_row = (self.matrix.sum(0) - self.label_matrix.sum(0)) / max(1, self.others)
+        self.mean_bias = (self.bias.sum() - self.label_bias.sum()) / max(1, self.others)
+
+    def bounded(self, states):
+        """[n,D] -> logits of the labels' tokens [n,S], lower bound of the normaliser [n]."""
+        logits = F.linear(states, self.label_matrix, self.label_bias)
+        log_sum = logits.logsumexp(1)
+        if self.others:
+            log_sum = torch.logaddexp(log_sum, states @ self.mean_row + self.mean_bias + math.log(self.others))
+        return logits, log_sum
+
+    def exact(self, states):
+        return F.linear(states, self.matrix, self.bias).logsumexp(1)  # [n,D] -> [n,V] -> [n]
+
+
 @torch.no_grad()
 def best_answers(decoder, question_states, question_mask, trie, logits_at_once=1 << 26):
     """Exact argmax over all labels of log p(label </s> | question), without scoring most of
     them: (labels [Q], log-likelihoods [Q]).
 
-    Nothing that continues a prefix can be likelier than the prefix. So each question first follows its likeliest
-    prefix to a complete label; after that, only prefixes likelier than its best complete label are continued. No
-    prefix is run twice: its keys and values are kept for its continuations. `logits_at_once` bounds memory:
-    elements of the largest [prefixes, V] tensor.
+    Two things save nearly all of the work, and neither changes the result. Nothing that continues a prefix can be
+    likelier than the prefix: only prefixes likelier than the best label found so far are continued, each once, from
+    the keys and values of the tokens before. And a probability needs the logits of the whole vocabulary only where
+    a bound (see `Normalizer`) does not already tell that the label has lost. `logits_at_once` bounds memory: elements
+    of the largest [prefixes, V] tensor.
     """
     device = question_states.device
     memory = decoder.memory(question_states)  # once for all prefixes of a question
-    shape = (len(question_states), len(trie.tokens))
-    prefix = torch.full(shape, -torch.inf, device=device)  # log-likelihood of the prefixes reached so far [Q,N]
-    prefix[:, 0] = 0
-    # log-likelihood of the labels reached so far, at their last node [Q,N]
-    complete = torch.full(shape, -torch.inf, device=device)
-    continued = torch.zeros(shape, dtype=torch.bool, device=device)
-    slot = torch.zeros(shape, dtype=torch.long, device=device)  # row of `cache` that holds a prefix's keys and values
-    cache = None  # [slots, layers, 2, H, D/H]
+    normalizer = Normalizer(decoder, trie)
     chunk = max(1, logits_at_once // len(decoder.bias))
+    shape = (len(question_states), len(trie.tokens))
+    reached = torch.full(shape, -torch.inf, device=device)  # sum of the logits of a prefix's tokens [Q,N]
+    reached[:, 0] = 0
+    ended = torch.full(shape, -torch.inf, device=device)  # logit of </s> after a prefix that is a label [Q,N]
+    normalizers = torch.zeros(shape, device=device)  # of the token after each prefix that was run [Q,N] …
+    run, exact = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))  # … and whether exact [Q,N]
+    slot = torch.zeros(shape, dtype=torch.long, device=device)  # row of `states` and `cache` of each prefix that was run
+    states = question_states.new_zeros(0, question_states.shape[2], dtype=torch.float32)  # [slots,D]
+    cache = None  # keys and values [slots,layers,2,H,D/H]
+
+    def along_path(values, empty):
+        """Per node, its ancestors' values: [Q,N] -> [Q,N,deepest]."""
+        return values[:, trie.ancestors].masked_fill(~trie.on_path, empty)
+
+    def chunks(mask):
+        q, n = mask.nonzero(as_tuple=True)
+        return ((q[i : i + chunk], n[i : i + chunk]) for i in range(0, len(q), chunk))
+
     while True:
-        best, best_node = complete.max(1)
-        open_ = ~continued & (prefix > best[:, None])
-        diving = best.isinf()  # no complete label yet
-        likeliest = prefix.masked_fill(continued, -torch.inf).argmax(1)
-        open_[diving] &= F.one_hot(likeliest[diving], shape[1]).bool()
-        if not open_.any():
+        # no prefix is likelier than this, and no label: [Q,N]
+        prefix = reached - along_path(normalizers, 0.0).sum(2)
+        complete = prefix + ended - normalizers
+        certain = exact & along_path(exact, True).all(2)
+        best, best_node = complete.masked_fill(~certain, -torch.inf).max(1)
+        ahead, doubtful = ~run & (prefix > best[:, None]), ~certain & (complete > best[:, None])
+        # before the first certain label: dive along the likeliest prefix to a label, then make it certain
+        first, label_reached = best.isinf(), doubtful.any(1)
+        dive = F.one_hot(prefix.masked_fill(run, -torch.inf).argmax(1), shape[1]).bool()
+        likeliest = F.one_hot(complete.argmax(1), shape[1]).bool()
+        ahead &= torch.where(first[:, None], dive & ~label_reached[:, None], True)
+        doubtful &= torch.where(first[:, None], likeliest, True)
+        if not (ahead.any() or doubtful.any()):
             return trie.labels[best_node], best
-        continued |= open_
-        new_cache = [] if cache is None else [cache]
-        for q, n in zip(*(part.split(chunk) for part in open_.nonzero(as_tuple=True))):
+
+        new_states, new_cache = [states], [] if cache is None else [cache]
+        for q, n in chunks(ahead):
             depth = int(trie.depths[n].max())
             # [n,depth,layers,2,H,D/H]
             path = None if depth == 0 else cache[slot[q[:, None], trie.ancestors[n, :depth]]]
             hidden, own = decoder.step(trie.tokens[n], trie.depths[n], path, select(memory, q), question_mask[q])
-            slot[q, n] = sum(map(len, new_cache)) + torch.arange(len(n), device=device)
-            new_cache.append(own)
+            slot[q, n] = sum(map(len, new_states)) + torch.arange(len(n), device=device)
             with torch.autocast(device.type, enabled=False):  # log-likelihoods are compared closely: float32
-                log_probs = decoder.logits(hidden.float()).log_softmax(-1)  # [n,V]
+                state = decoder.transform(hidden.float())  # [n,D]
+                logits, normalizers[q, n] = normalizer.bounded(state)
+            new_states.append(state)
+            new_cache.append(own)
             row, child = trie.children(n)
-            prefix[q[row], child] = prefix[q, n][row] + log_probs[row, trie.tokens[child]]
-            complete[q, n] = torch.where(trie.labels[n] >= 0, prefix[q, n] + log_probs[:, EOS], -torch.inf)
-        cache = torch.cat(new_cache)
+            reached[q[row], child] = reached[q, n][row] + logits[row, trie.columns[child]]
+            ended[q, n] = logits[:, 0].masked_fill(trie.labels[n] < 0, -torch.inf)
+        states, cache = torch.cat(new_states), torch.cat(new_cache) if new_cache else cache
+        run |= ahead
+
+        q, n = doubtful.nonzero(as_tuple=True)
+        wanted = doubtful.clone()
+        wanted[q[:, None], trie.ancestors[n]] = True  # padding asks for <s>, which is on every path
+        for q, n in chunks(wanted & ~exact):
+            with torch.autocast(device.type, enabled=False):
+                normalizers[q, n] = normalizer.exact(states[slot[q, n]])
+        exact |= wanted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

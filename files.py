@@ -6,6 +6,7 @@ expected.
 """
 
 import codecs
+import contextlib
 import io
 import json
 import os
@@ -267,13 +268,31 @@ def image_key(value, where):
     return key
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Whatever the disk refuses while `path` is written (it is full, say) as an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        refused = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own on top
+        if not isinstance(refused, OSError):
+            raise
+        raise InputError(f"{path}: cannot be written ({refused.strerror}); what was complete before is untouched") \
+            from None
+
+
 def write(path, save):
     """Write a file under a temporary name, force it to disk, then rename: the old stays until the new is complete."""
-    with open(f"{path}.part", "wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.part", path)
+    part = f"{path}.part"
+    try:
+        with writing(path), open(part, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):  # it has been renamed, or was never there
+            os.remove(part)
 
 
 def write_json(path, content):

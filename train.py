@@ -26,7 +26,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -385,11 +384,13 @@ class Log:
         self.file = open(path, "a", encoding="utf-8")
 
     def add(self, **entry):
-        self.file.write(json.dumps(entry) + "\n")
+        with files.writing(self.file.name):
+            self.file.write(json.dumps(entry) + "\n")
 
     def sync(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with files.writing(self.file.name):
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
 
 def write_tensors(path, content):
@@ -476,9 +477,7 @@ def check_space(folder, needed):
         os.remove(os.path.join(folder, ".writable"))
     except OSError as error:
         raise InputError(f"{folder}: cannot write there ({error.strerror})") from None
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(f"{folder}: {free / 1e9:.1f} GB free, but the run's checkpoints need {needed / 1e9:.1f} GB")
+    files.require_space(folder, needed)
 
 
 FLAGS = ("model", "task", "suf", "lr_decay", "train_top", "freeze", "order", "seed", "limit", "questions_per_image",

@@ -4,6 +4,7 @@ step at 384x384, answers through the trie.
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,6 +216,23 @@ def test_trie_runs_no_prefix_twice_and_skips_most():
         best_answers(model.decoder, torch.randn(4, 5, 16), torch.ones(4, 5, dtype=torch.long), trie)
     assert len(trie.tokens) == 1 + 10 + 100 + 1000
     assert sum(seen) == 4 * 4  # <s>, 5, 5, 5 for each of four questions: nothing else can beat that answer
+
+
+def test_bounds_spare_the_vocabulary():
+    """A decoder that knows nothing: every first token has to be tried, but few against the whole vocabulary."""
+    torch.manual_seed(1)
+    model = cclm.CCLM(replace(SMALL, vocabulary=4000), "xgqa").eval()
+    answers = [[token] for token in range(4, 304)] + [[token, token + 1] for token in range(4, 304, 3)]
+    run, exact = [], []
+    step, whole = model.decoder.step, cclm.Normalizer.exact
+    model.decoder.step = lambda tokens, *rest: run.append(len(tokens)) or step(tokens, *rest)
+    states, mask = torch.randn(5, 5, 16), torch.ones(5, 5, dtype=torch.long)
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cclm.Normalizer, "exact", lambda self, states: exact.append(len(states)) or whole(self, states))
+        labels, scores = best_answers(model.decoder, states, mask, AnswerTrie(answers, "cpu"))
+        expected = brute_force(model.decoder, states, mask, answers)
+    assert torch.equal(labels, expected.argmax(1)) and torch.allclose(scores, expected.max(1).values, atol=1e-4)
+    assert sum(run) >= 5 * 300 and sum(exact) < 5 * 30
 
 
 def test_texts_sharing_images_share_their_loss():

@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import runpy
 import shutil
 import subprocess
@@ -513,6 +514,22 @@ def test_image_cache_of_damaged_images(made, tmp_path):
 def test_no_space_is_told():
     with pytest.raises(InputError, match="GB free, but 4611686018.4 GB are needed"):
         files.require_space("/", 1 << 62)
+
+
+@pytest.mark.parametrize("save", [lambda file: file.write(bytes(100_000)),
+                                  lambda file: torch.save(torch.zeros(100_000), file)], ids=["bytes", "tensors"])
+def test_a_full_disk_destroys_nothing(save, tmp_path):
+    """A limit on the size of files stands for the disk."""
+    path = tmp_path / "last.pt"
+    files.write(path, lambda file: file.write(b"complete"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="last.pt: cannot be written .*what was complete before is untouched"):
+            files.write(path, save)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"complete" and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
