@@ -158,7 +158,7 @@ def parse_args(argv, description):
                             "batch allows)")
     group.add_argument("--questions-per-image", type=int, default=1, metavar="N",
                        help="keep up to N examples of an image together, to share its encoding (default: 1)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--compile", action="store_true", help="torch.compile the layers")
     group.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) // 2),
                        help="processes that load images (default: half the cores, at most 8)")
     group.add_argument("--image-cache", metavar="DIR", help="keep resized images here as uint8, memory-mapped")

@@ -48,9 +48,10 @@ import files
 import mini
 import schedule
 import uc2
+import vit
 from eval import ranks
 from files import InputError
-from model import file_tensors, read_checkpoint
+from model import TransformerLayer, file_tensors, read_checkpoint
 from recipes import Recipe, contradiction, few_shot_recipe, parse_args, recipe_of, strategy_name
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,6 +168,8 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
     items = data.training_items(examples, recipe.batch_size, args.seed, recipe.epochs, first, parts, mine,
                                 **batch_composition(args, examples))
     batches = data.load_batches(dataset, items, args.workers, device)
+    if args.compile:
+        compile_layers(model)
     with tqdm(total=total, initial=first, desc="training", unit="step", disable=rank > 0, dynamic_ncols=True) as bar:
         stop, loss_of = Stop(), None
         model.train()
@@ -176,7 +179,7 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
             if schedule.apply(model.layers, trainable) or loss_of is None:
                 announce(model, epoch, trainable)
                 loss_of = None  # the old wrapper's hooks go before the new one's come
-                loss_of = wrap(model, args, device)
+                loss_of = wrap(model, device)
             factor = lr_factor(step, total, recipe.warmup * total)
             set_rates(optimizer, factor, step, recipe)
 
@@ -242,19 +245,27 @@ def batch_composition(args, examples):
     return {"pool": 1 if args.task == "xflickrco" else 16}
 
 
-def wrap(model, args, device):
-    """What gives the loss: the model, compiled on request, under DistributedDataParallel
-    where there are several processes.
+def wrap(model, device):
+    """What gives the loss: the model, under DistributedDataParallel where there are several processes.
 
     Made anew for every phase: DDP averages the gradients of what was trainable when it was made, and only those.
     """
-    if args.compile:
-        torch.compiler.reset()  # compiled code knows what trained when it was compiled
-        model = torch.compile(model, dynamic=True)
     if not dist.is_initialized():
         return model
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def compile_layers(model):
+    """torch.compile every layer by itself, for texts of any length.
+
+    Layers of one kind share their compiled code, so a handful of graphs serve all, where the whole model in one graph
+    takes minutes to trace. Whether parameters train is guarded: a phase of the schedule adds the variants it needs.
+    """
+    torch._dynamo.config.recompile_limit = 64  # kinds of layer x (trained, frozen, in evaluation)
+    for part in model.modules():
+        if isinstance(part, (TransformerLayer, vit.Block)):
+            part.compile(dynamic=True)
 
 
 def seed_part(seed, step, part):

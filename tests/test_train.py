@@ -5,6 +5,7 @@ in this one: starting an interpreter takes longer than these runs.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -202,6 +203,24 @@ def test_faster_ways(flags, tiny, tmp_path, monkeypatch):
     assert (flags[0] == "--image-cache") == any(tmp_path.glob("cache/*.npy"))
 
 
+def test_compile_across_phases(tiny, tmp_path, monkeypatch):
+    """--compile gives the weights of the run without, over three phases of the schedule.
+
+    Traced and differentiated ahead of time as always, but not turned into machine code, which takes a minute.
+    """
+    file = torch.load(tiny / "cclm.pt", weights_only=True)
+    file["config"]["recipe"]["xgqa"] = file["config"]["recipe"]["xgqa"] | {"dropout": 0.0, "drop_path": 0.0}
+    torch.save(file, tmp_path / "no-dropout.pt")
+    flags = ["--suf", "--epochs", 3, "--limit", 64, "--checkpoint", tmp_path / "no-dropout.pt"]
+    run(train_command(tiny, "cclm", "xgqa", tmp_path / "eager", *flags))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled = torch._dynamo.utils.counters["stats"]
+    run(train_command(tiny, "cclm", "xgqa", tmp_path / "compiled", *flags, "--compile"))
+    # ViT block; text, cross-modal and answer layer, frozen and trained, in training and in evaluation
+    assert 4 <= compiled["unique_graphs"] <= 16 and not torch._dynamo.utils.counters["graph_break"]
+    assert_close_runs(tmp_path / "eager", tmp_path / "compiled")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused, and what is told
 
@@ -359,28 +378,43 @@ def torchrun(command, processes=2):
 
 @pytest.fixture(scope="module")
 def one_and_two(tiny, tmp_path_factory):
-    """Every model and task twice: in one process with two parts per batch, and in two processes with one part each.
-
-    One start of two processes serves all.
+    """Every model and task in one process with two parts per batch; in two processes with one part each; and again in
+    two, stopped in the second phase and resumed. One start of two processes serves all.
     """
     folder = tmp_path_factory.mktemp("processes")
     file = torch.load(tiny / "cclm.pt", weights_only=True)
     file["config"]["recipe"]["xflickrco"] = file["config"]["recipe"]["xflickrco"] | {"dropout": 0.0, "drop_path": 0.0}
     torch.save(file, folder / "no-dropout.pt")
 
-    def command(model, task, processes):
+    def command(model, task, processes, name=None):
         flags = ["--suf", "--limit", 64, "--grad-accum", 2 // processes]
         # one batch of 32 pairs against two gathered ones of 16: no dropout, which is drawn per part
         if (model, task) == ("cclm", "xflickrco"):
             flags = ["--suf", "--limit", 64, "--grad-accum", 1, "--checkpoint", folder / "no-dropout.pt"]
-        return train_command(tiny, model, task, folder / f"{model}-{task}-{processes}", *flags)
+        return train_command(tiny, model, task, folder / f"{model}-{task}-{name or processes}", *flags)
 
     for pair in PAIRS:
         run(command(*pair, 1))
-    commands = [command(*pair, 2)[2:] for pair in PAIRS]
-    (folder / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-                                   "train.dist.init_process_group('gloo')\n"
-                                   f"for command in {commands!r}:\n    train.main(command)\n")
+    whole, broken = ([command(*pair, 2, name)[2:] for pair in PAIRS] for name in ("2", "resumed"))
+    (folder / "all.py").write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.dist.init_process_group("gloo")
+for command in {whole!r}:
+    train.main(command)
+check = train.check_finite
+def stop(run, step, *rest):
+    if step == 4:
+        raise SystemExit("stopped")
+for command in {broken!r}:
+    train.check_finite = stop
+    try:
+        train.main([*command, "--save-every", "1"])
+    except SystemExit as end:
+        assert end.code == "stopped"
+    train.check_finite = check
+    train.main([*command, "--resume"])
+""")
     start(torchrun(["python", str(folder / "all.py")]))
     return folder
 
@@ -392,6 +426,11 @@ def test_two_processes_equal_one(model, task, one_and_two):
     For CCLM on xFlickrCO the contrastive batch is the union of the processes' batches, gathered with gradients.
     """
     assert_close_runs(one_and_two / f"{model}-{task}-1", one_and_two / f"{model}-{task}-2")
+
+
+@pytest.mark.parametrize("model, task", PAIRS)
+def test_two_processes_resumed_equal_uninterrupted(model, task, one_and_two):
+    assert_same_run(one_and_two / f"{model}-{task}-2", one_and_two / f"{model}-{task}-resumed")
 
 
 def assert_close_runs(a, b, tolerance=2e-5):
