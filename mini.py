@@ -42,9 +42,9 @@ WORLD_SEED = 0  # of data and tokenizer, whatever the seed of pre-training
 
 # What is not the paper's recipe, by model; the reasons are in the README ("The miniature").
 RECIPE = {
-    "cclm": {"lr": 1e-3, "vision_lr": 1e-3 * 2 / 3, "embedding_lr": 1e-4, "suf_k": 1, "dropout": 0.0, "drop_path": 0.0,
-             "augment": False, "few_shot_lrs": [1e-3, 5e-4, 1e-4]},
-    "uc2": {"lr": 5e-4, "embedding_lr": 5e-5, "suf_k": 1, "dropout": 0.0, "few_shot_lrs": [5e-4, 2.5e-4, 5e-5]},
+    "cclm": {"lr": 1e-3, "vision_lr": 1e-3 * 2 / 3, "suf_k": 1, "dropout": 0.0, "drop_path": 0.0, "augment": False,
+             "few_shot_lrs": [1e-3, 5e-4, 1e-4]},
+    "uc2": {"lr": 5e-4, "suf_k": 1, "dropout": 0.0, "few_shot_lrs": [5e-4, 2.5e-4, 5e-5]},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
