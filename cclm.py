@@ -564,8 +564,8 @@ def best_answers(decoder, question_states, question_mask, trie, logits_at_once=1
     ended = torch.full(shape, -torch.inf, device=device)  # logit of </s> after a prefix that is a label [Q,N]
     normalizers = torch.zeros(shape, device=device)  # of the token after each prefix that was run [Q,N] …
     run, exact = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))  # … and whether exact [Q,N]
-    slot = torch.zeros(shape, dtype=torch.long, device=device)  # row of `states` and `cache` of each prefix that was run
-    states = question_states.new_zeros(0, question_states.shape[2], dtype=torch.float32)  # [slots,D]
+    slot = torch.zeros(shape, dtype=torch.long, device=device)  # row of `states` and `cache` of a prefix [Q,N]
+    states = torch.zeros(0, question_states.shape[2], device=device)  # [slots,D]
     cache = None  # keys and values [slots,layers,2,H,D/H]
 
     def along_path(values, empty):

@@ -22,7 +22,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import cclm
@@ -31,6 +30,7 @@ import files
 import uc2
 from files import InputError
 from model import read_checkpoint, select
+from processes import from_all_ranks, ranks
 
 MODELS = {"cclm": cclm, "uc2": uc2}
 RECALLS = (1, 5, 10)
@@ -96,20 +96,6 @@ def introduce(model, tokenizer, labels):
     tokenizer.longest = model.longest_text
     if hasattr(model, "set_answers") and labels:
         model.set_answers([row[1:-1].tolist() for row in tokenizer(labels)])
-
-
-def ranks():
-    """(rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def from_all_ranks(part):
-    """[every process's object], in rank order."""
-    if ranks()[1] == 1:
-        return [part]
-    parts = [None] * ranks()[1]
-    dist.all_gather_object(parts, part)
-    return parts
 
 
 class PictureChunks(torch.utils.data.Dataset):

@@ -47,6 +47,21 @@ def pretrained(args, recipe):
         raise InputError(str(error)) from None
 
 
+def not_fine_tuned(run):
+    """Results of a run's pre-trained checkpoint as it is, by language: CCLM ranks for retrieval with pre-trained heads.
+
+    Kept in not_fine_tuned.json of the run.
+    """
+    path = os.path.join(run, "not_fine_tuned.json")
+    if not os.path.isfile(path):
+        args, recipe = evaluation.read_run(run)
+        model, device = pretrained(args, recipe), device_of()
+        test = evaluation.load_split(args, recipe, data.Tokenizer(args.tokenizer), labels_of(args), "test")
+        results, _ = evaluation.evaluate(model.to(device), test, device, args.precision, args.workers)
+        files.write_json(path, results)
+    return files.read_json(path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Section 5.1: states of <s>
 

@@ -33,8 +33,8 @@ import eval as evaluation
 import files
 import mini
 import probe
+import processes
 import recipes
-import train
 from analysis import differences, entry, label, title
 from files import InputError
 from model import read_checkpoint
@@ -139,7 +139,7 @@ def pace(args):
 
     In retrieval the unit is not a text but a scored pair of a text and an image (see `test_size`).
     """
-    device = train.start(args)
+    device = processes.start(args)
     recipe = recipes.recipe_of(args, read_checkpoint(args.checkpoint)[1])[0]
     cost = probe.measure(args, recipe)
     labels, tokenizer = probe.labels_of(args), data.Tokenizer(args.tokenizer)

@@ -20,24 +20,18 @@ dropout are functions of (seed, step), so an interrupted and resumed run ends in
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import math
 import os
 import resource
-import signal
-import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
-import PIL
-import sentencepiece
 import torch
 import torch.distributed as dist
-import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -49,10 +43,11 @@ import mini
 import schedule
 import uc2
 import vit
-from eval import ranks
 from files import InputError
-from model import TransformerLayer, file_tensors, read_checkpoint
+from model import TransformerLayer, read_checkpoint
+from processes import Stop, interrupt, on_all_ranks, on_signals, ranks, say, start
 from recipes import Recipe, contradiction, few_shot_recipe, parse_args, recipe_of, strategy_name
+from run_folder import FLAGS, Log, input_files, other_setting, resume, start_folder, write_tensors, write_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What trains when, and at which rate
@@ -304,235 +299,6 @@ def announce(model, epoch, trainable):
     else:
         names = f"{len(layers)} of {len(model.layers)} layers ({', '.join(map(str, layers)) or 'none'})"
     say(f"epoch {epoch + 1}: {names} train, {training:,} of {everything:,} parameters ({training / everything:.1%})")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes, signals, files
-
-
-def say(text):
-    """Print, once per run, without tearing a progress bar."""
-    if ranks()[0] == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
-def start(args):
-    """Join the other processes if torchrun started any, choose the device. -> torch.device."""
-    cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if cuda:
-        torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("high")  # TF32 for what bf16 does not cover
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    args.precision = args.precision or ("bf16" if cuda else "float32")
-    return torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
-def on_all_ranks(function, *arguments):
-    """[every process's result], in rank order.
-
-    An InputError of one is an error of all: no process waits for one that has ended, and rank 0 tells it.
-    """
-    try:
-        mine = function(*arguments), None
-    except InputError as error:
-        mine = None, str(error)
-    results, errors = zip(*evaluation.from_all_ranks(mine))
-    if any(errors):
-        raise InputError(next(filter(None, errors))) if ranks()[0] == 0 else SystemExit(1)
-    return results
-
-
-def on_signals(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
-def interrupt(number, frame=None):
-    """End the run at once: `main` says so."""
-    raise KeyboardInterrupt(number)
-
-
-class Stop:
-    """Ctrl-C and SIGTERM end the run after the current training step; outside of one, and the second time, at once."""
-
-    def __init__(self):
-        self.number, self.requested = signal.SIGTERM, False  # the number stays where another process got the signal
-        self.in_step = True
-        on_signals(self.request)
-
-    def request(self, number, frame):
-        if self.requested or not self.in_step:
-            interrupt(number)
-        self.number, self.requested = number, True
-
-
-class Log:
-    """log.jsonl: one line per step and per evaluation.
-
-    It holds no times: a resumed run's equals an uninterrupted one's.
-    """
-
-    def __init__(self, run, step=0, finished=False):
-        """Keep an interrupted run's lines up to optimizer step `step`; if that is the
-        last, its evaluation is done again.
-        """
-        path, kept = os.path.join(run, "log.jsonl"), []
-        if step and os.path.isfile(path):
-            lines = [line for line in files.read_bytes(path).splitlines(True) if line.endswith(b"\n")]
-            for number, line in enumerate(lines, start=1):
-                where = f"{path}, line {number}"
-                entry = files.parse_json(line, where)
-                at = files.expect(entry, "step", int, where)
-                if at < step or at == step and not (finished and "languages" in entry):
-                    kept.append(line)
-        files.write(path, lambda file: file.writelines(kept))
-        self.file = open(path, "a", encoding="utf-8")
-
-    def add(self, **entry):
-        with files.writing(self.file.name):
-            self.file.write(json.dumps(entry) + "\n")
-
-    def sync(self):
-        with files.writing(self.file.name):
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-
-def write_tensors(path, content):
-    files.write(path, lambda file: torch.save(content, file))
-
-
-def write_weights(path, model):
-    """The model under its official names, with what no shape tells."""
-    write_tensors(path, {"model": file_tensors(model), "config": model.config()})
-
-
-def fingerprint(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def versions():
-    def git(*command):
-        folder = os.path.dirname(os.path.abspath(__file__))
-        try:
-            return subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-            return None
-
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__, "sentencepiece": sentencepiece.__version__, "pillow": PIL.__version__,
-            "commit": commit and commit.strip(), "uncommitted_changes": None if changes is None else changes != ""}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Starting and resuming
-
-
-def start_folder(args, recipe, changed, model, examples, inputs):
-    """Make the run's folder with its args.json. -> the settings that a resumed run must share.
-
-    InputError, before any work is done, for what could not be finished or would overwrite another run.
-    """
-    settings = settings_of(args, recipe, examples.source)
-    if args.resume:
-        resume(args.run, settings)
-    if ranks()[0] == 0:
-        existing = os.path.isfile(os.path.join(args.run, "args.json"))
-        if existing and not args.resume:
-            raise InputError(f"{args.run}: a run is already here; --resume goes on with it, --run DIR starts another")
-        if args.resume and not existing:
-            say(f"{args.run}: nothing to resume yet, starting")
-        weights = 4 * sum(parameter.numel() for parameter in model.parameters())  # bytes
-        kept = recipe.epochs if args.save_epochs else 0
-        # last.pt beside its predecessor, with Adam's state; model.pt
-        check_space(args.run, weights * (3 + 3 + 1 + kept))
-        paths = {name: os.path.abspath(getattr(args, name)) for name in ("data", "checkpoint", "tokenizer")}
-        files.write_json(os.path.join(args.run, "args.json"),
-                        {"args": vars(args) | paths, "recipe": asdict(recipe), "not_as_in_the_paper": changed,
-                         "versions": versions(), "fingerprints": {path: fingerprint(path) for path in inputs}})
-    return settings
-
-
-def input_files(args, examples, tests, *pictures):
-    """Paths of what a run reads, for args.json: all but images and features themselves."""
-    paths = [examples.source, *(part.source for part in tests.examples.values()), args.tokenizer]
-    if args.task == "xgqa":
-        paths.append(label_map(args))
-    if args.model == "uc2":
-        paths += [os.path.join(regions.folder, name) for regions in pictures for name in ("meta.json", "ids.txt")]
-        hard_negatives = os.path.join(args.data, "flickr30k", "hard_negative.pkl")
-        paths += [hard_negatives] if args.task == "xflickrco" and os.path.isfile(hard_negatives) else []
-    return paths
-
-
-def label_map(args):
-    return os.path.join(args.data, "gqa", "annotations", "trainval_ans2label.json")
-
-
-def check_space(folder, needed):
-    """InputError unless `folder` can be made and written, and `needed` bytes are free there."""
-    try:
-        os.makedirs(os.path.join(folder, "predictions"), exist_ok=True)
-        files.write(os.path.join(folder, ".writable"), lambda file: file.write(b"x"))
-        os.remove(os.path.join(folder, ".writable"))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write there ({error.strerror})") from None
-    files.require_space(folder, needed)
-
-
-FLAGS = ("model", "task", "suf", "lr_decay", "train_top", "freeze", "order", "seed", "limit", "questions_per_image",
-         "first_image_negatives")  # that no resumed run may change, beside its recipe
-
-
-def settings_of(args, recipe, source):
-    """What a resumed run must have in common with the run it continues."""
-    processes = ranks()[1]
-    settings = {name: getattr(args, name) for name in FLAGS} | json.loads(json.dumps(asdict(recipe)))
-    settings |= {"processes x accumulation": processes * args.grad_accum, "training file": fingerprint(source),
-                 "tokenizer": fingerprint(args.tokenizer)}
-    if args.task == "xgqa":
-        settings["label map"] = fingerprint(label_map(args))
-    if args.task == "xflickrco":  # the other processes' images and captions are negatives
-        settings["processes"] = processes
-    return settings
-
-
-def resume(run, settings, model=None, optimizer=None):
-    """Load last.pt into model and optimizer, or, without them, only check that it is one to go on from.
-
-    -> optimizer steps done (0 where the run stopped before its first last.pt).
-    """
-    path = os.path.join(run, "last.pt")
-    if not os.path.isfile(path):
-        return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=model is None)
-        then, step = dict(state["settings"]), int(state["step"])
-        different = [name for name in settings if then.get(name) != settings[name]]
-        if model is not None and not different:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise InputError(f"{path}: not a readable state, or a truncated one ({type(error).__name__}); "
-                         "without it, --resume starts over") from None
-    if different:
-        raise other_setting(run, different[0], then.get(different[0]), settings[different[0]])
-    return step
-
-
-def other_setting(run, name, then, now):
-    return InputError(f"{run}: cannot resume with other settings: {name} was {then}, now {now}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

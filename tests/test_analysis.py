@@ -47,7 +47,7 @@ def read(path):
 RUNS = [("cclm", "xgqa", ["--eval-every-epoch", "--save-epochs"], 2),
         ("cclm", "xgqa", ["--suf", "--eval-every-epoch"], 2),
         ("cclm", "xgqa", ["--lr-decay", "0.88"], 1), ("uc2", "xvnli", ["--eval-every-epoch", "--save-epochs"], 1),
-        ("uc2", "xflickrco", [], 1),
+        ("uc2", "xflickrco", [], 1), ("cclm", "xflickrco", [], 1),
         ("uc2", "xgqa", [], 1), ("uc2", "xgqa", ["--suf"], 1)]
 
 
@@ -219,6 +219,16 @@ def test_tables(runs, edited, tmp_path, capsys):
     (folder / "cclm-xgqa-standard-seed0" / "args.json").write_text(json.dumps(stored))
     analyse("tables", folder, "--out", tmp_path / "mini")
     assert [row[""] for row in rows_of(tmp_path / "mini" / "table1.csv")] == ["CCLM, standard"]
+
+    folder = tmp_path / "retrieval" / "run"
+    shutil.copytree(runs / "cclm-xflickrco-standard-seed0", folder)
+    stored = read(folder / "args.json")
+    stored["args"]["miniature"] = True
+    (folder / "args.json").write_text(json.dumps(stored))
+    analyse("tables", folder, "--out", tmp_path / "mini")
+    row = row_of(tmp_path / "mini" / "table6.csv", name="baseline: CCLM, not fine-tuned", recall="TR@1")
+    scores = read(folder / "not_fine_tuned.json")
+    assert float(row["de"]) == scores["de"]["text_recall_at_1"] and scores["de"]["n_texts"] == 8
 
 
 def test_curves_and_equal_english(edited, tmp_path):

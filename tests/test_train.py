@@ -21,6 +21,7 @@ import torch
 from conftest import ROOT, save_tiny_checkpoints, train_command
 
 import train
+from run_folder import versions
 
 PAIRS = [(model, task) for model in ("cclm", "uc2") for task in ("xgqa", "xvnli", "xflickrco")]
 
@@ -272,7 +273,7 @@ def test_versions_and_fingerprints(tiny, runs, monkeypatch):
     tests = tiny / "data" / "xFlickrCO" / "annotations"
     assert stored["fingerprints"].keys() >= {str(tests / language / "test.jsonl") for language in ("en", "zh")}
     monkeypatch.setenv("PATH", "")  # git is not there
-    assert train.versions()["commit"] is train.versions()["uncommitted_changes"] is None
+    assert versions()["commit"] is versions()["uncommitted_changes"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
