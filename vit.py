@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import attention
+from model import attention, split_heads
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's statistics, RGB in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -43,8 +43,49 @@ class BlockAttention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # keys have no bias
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # [B,1+P,3,H,D/H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B,H,1+P,D/H]
-        position_bias = self.relative_position_bias_table[position_index].permute(2, 0, 1).contiguous()  # [H,1+P,1+P]
-        return self.proj(attention(query, key, value, position_bias.to(query.dtype)[None]))
+        # rows of the transposed table: its gradient is added up several times faster than that of table[position_index]
+        position_bias = self.relative_position_bias_table.T.index_select(1, position_index.flatten())
+        position_bias = position_bias.unflatten(1, position_index.shape).to(query.dtype)  # [H,1+P,1+P]
+        return self.proj(self.attend(query, key, value, position_bias[None]))
+
+    @staticmethod
+    def attend(query, key, value, bias):
+        large = len(query) * bias.numel() > 1 << 20  # scores; fewer stay in the processor's cache anyway
+        if large and bias.requires_grad and bias.device.type == "cpu" and not torch.compiler.is_compiling():
+            return BiasedAttention.apply(query, key, value, bias)
+        return attention(query, key, value, bias)
+
+
+class BiasedAttention(torch.autograd.Function):
+    """`attention` with a trained bias, on a CPU.
+
+    torch's fused kernel for CPUs has no gradient for the bias; with one it keeps the score matrices of all images and
+    passes over them a dozen times. This one keeps none: forward is the fused kernel, backward takes the scores of one
+    image at a time, which stay in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias):
+        """query, key, value [B,H,1+P,D/H], bias [1,H,1+P,1+P] -> [B,1+P,D]."""
+        output = attention(query, key, value, bias)
+        ctx.save_for_backward(query, key, value, bias, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, bias, output = ctx.saved_tensors
+        output, gradient = (split_heads(x, query.shape[1]) for x in (output, gradient))  # [B,H,1+P,D/H]
+        scale, past_softmax = query.shape[-1] ** -0.5, (output * gradient).sum(-1, keepdim=True)  # [B,H,1+P,1]
+        to_query, to_key, to_value = (torch.empty_like(x) for x in (query, key, value))
+        to_bias = torch.zeros_like(bias[0], dtype=torch.promote_types(bias.dtype, torch.float32))
+        for i in range(len(query)):
+            weights = torch.baddbmm(bias[0], query[i], key[i].mT, alpha=scale).softmax(-1)  # [H,1+P,1+P]
+            to_value[i] = weights.mT @ gradient[i]
+            to_scores = (gradient[i] @ value[i].mT).sub_(past_softmax[i]).mul_(weights)
+            to_bias += to_scores
+            to_query[i] = torch.bmm(to_scores, key[i]).mul_(scale)
+            to_key[i] = torch.bmm(to_scores.mT, query[i]).mul_(scale)
+        return to_query, to_key, to_value, to_bias[None].to(bias.dtype)
 
 
 class Mlp(nn.Module):

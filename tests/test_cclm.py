@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT
 
 import cclm
+import vit
 from cclm import EOS, PAD, AnswerTrie, best_answers
-from model import check_file, file_shapes, file_tensors, read_checkpoint
+from model import attention, check_file, file_shapes, file_tensors, read_checkpoint
 
 MANIFEST = json.loads((ROOT / "tests" / "golden" / "cclm_base_manifest.json").read_text())
 UC2_NAMES = json.loads((ROOT / "tests" / "golden" / "uc2_base_manifest.json").read_text())["volta_pretrained"]
@@ -233,6 +234,17 @@ def test_bounds_spare_the_vocabulary():
         expected = brute_force(model.decoder, states, mask, answers)
     assert torch.equal(labels, expected.argmax(1)) and torch.allclose(scores, expected.max(1).values, atol=1e-4)
     assert sum(run) >= 5 * 300 and sum(exact) < 5 * 30
+
+
+def test_attention_with_a_trained_bias():
+    """The ViT's own backward pass on a CPU: torch's numbers, for the bias too, which sums over images."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 2, 7, 4, dtype=torch.double, requires_grad=True) for _ in range(3)]
+    inputs.append(torch.randn(1, 2, 7, 7, dtype=torch.double, requires_grad=True))
+    gradient = torch.randn(3, 7, 8, dtype=torch.double)
+    outputs = [function(*inputs) for function in (attention, vit.BiasedAttention.apply)]
+    expected, ours = (torch.autograd.grad(output, inputs, gradient) for output in outputs)
+    assert torch.equal(*outputs) and all(torch.allclose(a, b, atol=1e-12) for a, b in zip(expected, ours))
 
 
 def test_texts_sharing_images_share_their_loss():
