@@ -173,6 +173,8 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
             trainable = trainable_layers(args, recipe, epoch, len(model.layers))
             if schedule.apply(model.layers, trainable) or loss_of is None:
                 announce(model, epoch, trainable)
+                if args.compile:
+                    torch.compiler.reset()  # torch 2.11 would reuse what it compiled while a layer was frozen
                 loss_of = None  # the old wrapper's hooks go before the new one's come
                 loss_of = wrap(model, device)
             factor = lr_factor(step, total, recipe.warmup * total)
@@ -255,7 +257,7 @@ def compile_layers(model):
     """torch.compile every layer by itself, for texts of any length.
 
     Layers of one kind share their compiled code, so a handful of graphs serve all, where the whole model in one graph
-    takes minutes to trace. Whether parameters train is guarded: a phase of the schedule adds the variants it needs.
+    takes minutes to trace.
     """
     torch._dynamo.config.recompile_limit = 64  # kinds of layer x (trained, frozen, in evaluation)
     for part in model.modules():

@@ -147,10 +147,10 @@ def written_out_attention(query, key, value, mask=None, dropout=0.0):
 
 @contextlib.contextmanager
 def reference_attention():
-    fused = shared.attention
-    shared.attention = vit.attention = written_out_attention
+    fused, attend = shared.attention, vit.BlockAttention.attend
+    shared.attention, vit.BlockAttention.attend = written_out_attention, staticmethod(written_out_attention)
     yield
-    shared.attention = vit.attention = fused
+    shared.attention, vit.BlockAttention.attend = fused, staticmethod(attend)
 
 
 def pad_columns(ids, length):

@@ -205,20 +205,20 @@ def test_faster_ways(flags, tiny, tmp_path, monkeypatch):
 
 
 def test_compile_across_phases(tiny, tmp_path, monkeypatch):
-    """--compile gives the weights of the run without, over three phases of the schedule.
+    """--compile gives the weights of the run without, over two phases of the schedule.
 
     Traced and differentiated ahead of time as always, but not turned into machine code, which takes a minute.
     """
     file = torch.load(tiny / "cclm.pt", weights_only=True)
     file["config"]["recipe"]["xgqa"] = file["config"]["recipe"]["xgqa"] | {"dropout": 0.0, "drop_path": 0.0}
     torch.save(file, tmp_path / "no-dropout.pt")
-    flags = ["--suf", "--epochs", 3, "--limit", 64, "--checkpoint", tmp_path / "no-dropout.pt"]
+    flags = ["--suf", "--epochs", 2, "--limit", 64, "--checkpoint", tmp_path / "no-dropout.pt"]
     run(train_command(tiny, "cclm", "xgqa", tmp_path / "eager", *flags))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     compiled = torch._dynamo.utils.counters["stats"]
     run(train_command(tiny, "cclm", "xgqa", tmp_path / "compiled", *flags, "--compile"))
-    # ViT block; text, cross-modal and answer layer, frozen and trained, in training and in evaluation
-    assert 4 <= compiled["unique_graphs"] <= 16 and not torch._dynamo.utils.counters["graph_break"]
+    # in each of two phases: ViT block; text, cross-modal and answer layer, frozen and trained; and once for evaluation
+    assert 8 <= compiled["unique_graphs"] <= 20 and not torch._dynamo.utils.counters["graph_break"]
     assert_close_runs(tmp_path / "eager", tmp_path / "compiled")
 
 
