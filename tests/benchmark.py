@@ -1,6 +1,6 @@
 """How fast, side by side: a ladder from a loop written like the reference's to ours, every rung in one process.
 
-    python tests/benchmark.py                         base size (needs 16 GB of memory), on a GPU if there is one
+    python tests/benchmark.py                         base size (needs 24 GB of memory), on a GPU if there is one
     python tests/benchmark.py --size mini             seconds instead of minutes
     python tests/benchmark.py --parts training,pairs  some of: training, precision, answers, ranking, pairs, strategies,
                                                       growth
