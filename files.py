@@ -285,11 +285,12 @@ def write(path, save):
     """Write a file under a temporary name, force it to disk, then rename: the old stays until the new is complete."""
     part = f"{path}.part"
     try:
-        with writing(path), open(part, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with writing(path):
+            with open(part, "wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):  # it has been renamed, or was never there
             os.remove(part)
