@@ -62,7 +62,7 @@ class Pretraining:
 PRETRAINING = {  # by size of the world
     "small": Pretraining(),
     "medium": Pretraining(width=128, feed_forward=512, text_layers=6, cross_layers=3, vision_layers=3, uc2_layers=8,
-                          pieces=320, sentences=200_000, batch_size=64, steps=7000, phrase_steps=1000, lr=1e-3),
+                          pieces=320, sentences=120_000, steps=5000, phrase_steps=1200, lr=1e-3),
     "large": Pretraining(width=256, feed_forward=1024, text_layers=12, cross_layers=6, vision_layers=6, uc2_layers=12,
                          pieces=400, sentences=500_000, batch_size=128, steps=20_000, phrase_steps=2000, lr=5e-4,
                          fine_tuning_batch=256),
@@ -287,7 +287,8 @@ def run_steps(model, name, size, tokenizer, seed, steps, device):
     if name == "cclm":
         warm_up_vision(model, corpus, p, rng, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=p.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, p.lr, steps, pct_start=0.05, cycle_momentum=False,
+    cycle = max(steps, 40)  # a shorter one has no whole step of warm-up
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, p.lr, cycle, pct_start=0.05, cycle_momentum=False,
                                                final_div_factor=2)
     matched = 0.5
     with tqdm(range(steps), desc=f"{name}, matching", unit="step", dynamic_ncols=True) as bar:

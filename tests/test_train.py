@@ -372,9 +372,12 @@ def test_numbers_that_go_wrong_stop_the_run(tiny, tmp_path):
 # Several processes
 
 
-def torchrun(command, processes=2):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
-            str(20000 + os.getpid() % 20000), *command[1:]]
+PORT = 20000 + os.getpid() % 20000
+
+
+def torchrun(command, *flags):
+    flags = flags or ("--nproc_per_node", "2", "--master_port", str(PORT))
+    return [sys.executable, "-m", "torch.distributed.run", *flags, *command[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +435,20 @@ def test_two_processes_equal_one(model, task, one_and_two):
 @pytest.mark.parametrize("model, task", PAIRS)
 def test_two_processes_resumed_equal_uninterrupted(model, task, one_and_two):
     assert_same_run(one_and_two / f"{model}-{task}-2", one_and_two / f"{model}-{task}-resumed")
+
+
+def test_two_machines_equal_one_process(tiny, one_and_two):
+    """Two torchruns that meet as those of two machines do, by the command of the README, on a disk that they share."""
+    folder = one_and_two / "two-machines"
+    command = train_command(tiny, "uc2", "xgqa", folder, "--suf", "--limit", 64, "--grad-accum", 1)
+    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint",
+            f"127.0.0.1:{PORT + 1}"]
+    machines = [subprocess.Popen(torchrun(command, *meet), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                for _ in range(2)]
+    outputs = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert sum("mean of 7 others" in output for output in outputs) == 1  # only one of them reports
+    assert_close_runs(one_and_two / "uc2-xgqa-1", folder)
 
 
 def assert_close_runs(a, b, tolerance=2e-5):
