@@ -599,12 +599,9 @@ def post_hoc_arms(model, task, standard):
 def cost_table(model, task, arms):
     """Time and memory of one run of each strategy, measured again on this machine."""
     runs = {strategy: next(iter(arm.values())) for strategy, arm in arms.items()}
-    # in two rounds, so that one bad moment of the machine does not hit one strategy alone
-    rounds = [{strategy: probe.measure(run.args, run.recipe) for strategy, run in runs.items()} for _ in range(2)]
     rows = {}
-    for strategy in runs:
-        seconds = statistics.fmean(map(min, *(measured[strategy]["seconds"] for measured in rounds)))
-        size = rounds[0][strategy]["bytes"]
+    for strategy, cost in zip(runs, probe.measure([(run.args, run.recipe) for run in runs.values()], rounds=5)):
+        seconds, size = statistics.fmean(cost["seconds"]), cost["bytes"]
         rows[strategy] = {"": label(strategy), "ms per step": 1000 * seconds, "optimizer MB": size / 1e6}
         if "standard" in rows:  # it comes first
             rows[strategy] |= {f"{name}, % of standard": 100 * rows[strategy][name] / rows["standard"][name]

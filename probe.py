@@ -169,13 +169,16 @@ def post_hoc(run):
 # Cost
 
 
-def measure(args, recipe, least_seconds=0.3):
-    """Training steps of a run's strategy on this machine, on one real batch.
+def measure(strategies, rounds=1):
+    """Training steps of strategies on this machine, on one real batch.
 
-    -> {"seconds": of a step, the fastest of at least three, per epoch; "loading": seconds to load a batch; "bytes": of
-    AdamW's state after the last epoch}.
+    strategies: [(args, recipe)] of runs of one model and task; the first brings data and batch. They take turns in
+    every round, so that a bad moment of the machine does not hit one of them alone.
+
+    -> per strategy {"seconds": of a step, the fastest of three per round, by epoch; "loading": seconds to load a batch;
+    "bytes": of AdamW's state after the last epoch}.
     """
-    device = device_of()
+    device, (args, recipe) = device_of(), strategies[0]
     args = Namespace(**vars(args) | {"limit": min(args.limit or 2 * recipe.batch_size, 2 * recipe.batch_size)})
     model, tokenizer = pretrained(args, recipe).to(device).train(), data.Tokenizer(args.tokenizer)
     examples, dataset = train.training_data(args, recipe, tokenizer, labels_of(args), "train")
@@ -187,19 +190,22 @@ def measure(args, recipe, least_seconds=0.3):
     loading = (time.perf_counter() - started) * parts / len(batches)
     batches = [{name: tensor.to(device) for name, tensor in batch.items() if name != "ids"}
                for batch in batches[:parts]]
-    optimizer = train.prepare_parameters(model, args, recipe)  # its learning rates are 0: the weights stay
-    fastest, seconds = {}, []
-    for epoch in range(recipe.epochs):
-        trainable = frozenset(train.trainable_layers(args, recipe, epoch, len(model.layers)))
-        if trainable not in fastest:
-            schedule.apply(model.layers, trainable)
-            times = []
-            while len(times) < 3 or sum(times) < least_seconds:
-                times.append(timed_step(model, batches, optimizer, args.precision, device))
-            fastest[trainable] = min(times)
-        seconds.append(fastest[trainable])
-    stored = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
-    return {"seconds": seconds, "loading": loading, "bytes": stored}
+    fastest, stored = [{} for _ in strategies], [0] * len(strategies)
+    for _ in range(rounds):
+        for i, (its_args, its_recipe) in enumerate(strategies):
+            optimizer = train.prepare_parameters(model, its_args, its_recipe)  # its rates are 0: the weights stay
+            for trainable in dict.fromkeys(layers_by_epoch(its_args, its_recipe, model)):
+                schedule.apply(model.layers, trainable)
+                times = [timed_step(model, batches, optimizer, args.precision, device) for _ in range(3)]
+                fastest[i][trainable] = min(*times, fastest[i].get(trainable, math.inf))
+            stored[i] = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+    return [{"seconds": [found[trainable] for trainable in layers_by_epoch(*strategy, model)], "loading": loading,
+             "bytes": size} for strategy, found, size in zip(strategies, fastest, stored)]
+
+
+def layers_by_epoch(args, recipe, model):
+    """The layers that train in each epoch: [frozenset]."""
+    return [frozenset(train.trainable_layers(args, recipe, epoch, len(model.layers))) for epoch in range(recipe.epochs)]
 
 
 def timed_step(model, batches, optimizer, precision, device):

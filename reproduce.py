@@ -141,7 +141,7 @@ def pace(args):
     """
     device = processes.start(args)
     recipe = recipes.recipe_of(args, read_checkpoint(args.checkpoint)[1])[0]
-    cost = probe.measure(args, recipe)
+    [cost] = probe.measure([(args, recipe)])
     labels, tokenizer = probe.labels_of(args), data.Tokenizer(args.tokenizer)
     model = probe.pretrained(args, recipe).to(device)
     evaluation.introduce(model, tokenizer, labels)
