@@ -375,7 +375,9 @@ def draw(weights, uniform):
     """One column index per row, with probability proportional to its weight; `uniform` [B] in
     [0,1) decides which (inverse of the CDF).
     """
-    cumulative = weights.double().cumsum(1)
+    n = weights.shape[1]
+    # the running sums; torch 2.11 has no deterministic cumsum of floats on a GPU
+    cumulative = weights.double() @ torch.ones(n, n, dtype=torch.double, device=weights.device).triu()
     return (cumulative <= uniform.double()[:, None] * cumulative[:, -1:]).sum(1)
 
 

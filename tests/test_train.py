@@ -398,7 +398,7 @@ def one_and_two(tiny, tmp_path_factory):
         return train_command(tiny, model, task, folder / f"{model}-{task}-{name or processes}", *flags)
 
     for pair in PAIRS:
-        run(command(*pair, 1))
+        run([*command(*pair, 1), "--deterministic"])  # which every operation in use must have a way for
     whole, broken = ([command(*pair, 2, name)[2:] for pair in PAIRS] for name in ("2", "resumed"))
     (folder / "all.py").write_text(f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
