@@ -37,7 +37,7 @@ import schedule  # noqa: E402
 import train  # noqa: E402
 import uc2  # noqa: E402
 import vit  # noqa: E402
-from cclm import BOS, EOS  # noqa: E402
+from cclm import BOS, EOS, pad_to  # noqa: E402
 from model import PAD, select  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 
@@ -190,12 +190,12 @@ def reference_rank(model, images, input_ids, candidate_ids, k=128):
     return top.gather(1, (first - losses.view_as(first)).argmax(1, keepdim=True))[:, 0]
 
 
-def reference_match(model, text_ids, image_states):
-    """Every text padded to 80, the image's states tiled and projected again for each of them."""
-    input_ids = pad_columns(text_ids, 80)
-    attention_mask = (input_ids != PAD).long()
-    memory = model.image_memory(image_states.expand(len(input_ids), -1, -1).contiguous())
-    return model.match_scores(model.encode_texts(input_ids, attention_mask), attention_mask, memory)
+def reference_match(model, text_states, attention_mask, image_states):
+    """Texts' states padded to 80 (computed once, as in the released code), the image's states tiled and projected again
+    for each of them.
+    """
+    memory = model.image_memory(image_states.expand(len(text_states), -1, -1).contiguous())
+    return model.match_scores(pad_to(text_states, 80), pad_to(attention_mask, 80), memory)
 
 
 def reference_pairs(model, text_ids, image):
@@ -340,7 +340,7 @@ def training(size, repeat, compile_too):
 def precision(size, *_):
     """bf16 against float32: losses of a training from one seed. On a GPU at base size it is compiled, and timed."""
     fast = size == "base" and DEVICE.type == "cuda"
-    sizes, steps = (SIZES["base"][0], 50) if fast else (SIZES["mini"][0], 100)  # the mini size is for any CPU
+    sizes, steps = SIZES["base" if fast else "mini"][0], 100  # the mini size is for any CPU
     batches = [question_batch(sizes, 64 if fast else 16, 4, seed) for seed in range(8)]
     losses, seconds = {}, {}
     for bf16 in (False, True):
@@ -439,15 +439,7 @@ def ranking(size, repeat, _):
 
     def reference():
         with reference_attention():
-            return torch.cat([reference_match(model, captions[:32], image_states)])
-
-    # text states are computed once in the reference, too: only the cross-modal part is in the loop
-    def reference_without_text():
-        with reference_attention():
-            memory = model.image_memory(image_states.expand(32, -1, -1).contiguous())
-            states = (shared.pad_to(text_states[:32], 80) if hasattr(shared, "pad_to")
-                      else F.pad(text_states[:32], (0, 0, 0, 80 - text_states.shape[1])))
-            return model.match_scores(states, F.pad(mask[:32], (0, 80 - mask.shape[1])), memory)
+            return reference_match(model, text_states[:32], mask[:32], image_states)
 
     def ours(bf16=False):
         scores = torch.empty(len(captions), device=DEVICE)
@@ -458,7 +450,7 @@ def ranking(size, repeat, _):
                 scores[rows] = model.match_scores(text_states[rows, :longest], mask[rows, :longest], memory).float()
         return scores[:32]
 
-    rungs = [("reference-style: padded to 80, image projected for every caption", 32, reference_without_text),
+    rungs = [("reference-style: padded to 80, image projected for every caption", 32, reference),
              ("ours: image projected once, captions of one length together", 64, ours),
              ("+ bf16", 64, lambda: ours(True))]
     return {"rungs": ladder(f"xFlickrCO re-ranking, CCLM {size}", rungs, "pairs", repeat, relative_difference)}
@@ -547,8 +539,6 @@ def growth(size, repeat, _):
 
     def evaluation(images=1, questions=2, languages=2, labels=LABELS // 2):
         rows = label_tokens(labels, sizes.vocabulary)
-        model.set_answers(rows)
-        teach_frequencies(model.decoder, rows)
         pictures = torch.randint(256, (images, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8, device=DEVICE)
         ids = texts(images * questions * languages, sizes.vocabulary, 14, 40, 3)
         index = torch.arange(images, device=DEVICE).repeat_interleave(questions * languages)
@@ -557,33 +547,35 @@ def growth(size, repeat, _):
             mask = (ids != PAD).long()
             return model.predict(model.encode_texts(ids, mask), mask, select(model.memory({"images": pictures}), index))
 
-        return run
+        def prepare():
+            model.set_answers(rows)
+            teach_frequencies(model.decoder, rows)
+
+        return prepare, run
 
     def score(boxes=18):
         ids = texts(16, uc2_sizes.vocabulary, 20, 60, 2)
         image = {"features": torch.randn(1, boxes, uc2_sizes.features, device=DEVICE),
                  "locations": torch.rand(1, boxes, 7, device=DEVICE),
                  "region_mask": torch.ones(1, boxes, dtype=torch.long, device=DEVICE)}
-        return lambda: single_stream.match_scores(
+        return lambda: None, lambda: single_stream.match_scores(
             single_stream.encode_texts(ids, None), (ids != PAD).long(), single_stream.memory(image))
 
-    def seconds(run):
-        run()
-        times = []
-        for _ in range(repeat):
+    print(f"\nWhen one quantity doubles, {size}")
+    cases = {"one image, 2 questions, 2 languages": evaluation(), "images (with their questions)": evaluation(images=2),
+             "questions per image": evaluation(questions=4), "languages": evaluation(languages=4),
+             "labels": evaluation(labels=LABELS), "18 boxes": score(), "boxes (UC2, 18 to 36)": score(36)}
+    seconds = {name: [] for name in cases}
+    for _ in range(1 + repeat):  # the first is a warm-up
+        for name, (prepare, run) in cases.items():
+            prepare()
             began = time.perf_counter()
             run()
             synchronize()
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
-
-    print(f"\nWhen one quantity doubles, {size}")
-    base, rows = seconds(evaluation()), []
-    doubled = {"images (with their questions)": {"images": 2}, "questions per image": {"questions": 4},
-               "languages": {"languages": 4}, "labels": {"labels": LABELS}}
-    for name, change in doubled.items():
-        rows.append({"doubled": name, "time": seconds(evaluation(**change)) / base})
-    rows.append({"doubled": "boxes (UC2, 18 to 36)", "time": seconds(score(36)) / seconds(score())})
+            seconds[name].append(time.perf_counter() - began)
+    first, *doubled, few_boxes, many_boxes = seconds
+    rows = [{"doubled": double, "time": statistics.median(b / a for a, b in zip(seconds[single][1:], seconds[double][1:]))}
+            for double, single in [*((name, first) for name in doubled), (many_boxes, few_boxes)]]
     for row in rows:
         print(f"  {row['doubled']:32} {row['time']:5.2f}x the time")
     return {"rows": rows}
