@@ -40,13 +40,6 @@ SHIPPED = os.path.join(HERE, "miniature")  # tokenizer.model, cclm.pt, uc2.pt
 DEFAULT_RUNS = ["runs/cclm-xgqa-standard-seed0", "runs/cclm-xgqa-suf-seed0"]  # of --show
 WORLD_SEED = 0  # of data and tokenizer, whatever the seed of pre-training
 
-# What is not the paper's recipe, by model; the reasons are in the README ("The miniature").
-RECIPE = {
-    "cclm": {"lr": 1e-3, "vision_lr": 1e-3 * 2 / 3, "suf_k": 1, "dropout": 0.0, "drop_path": 0.0, "augment": False,
-             "few_shot_lrs": [1e-3, 5e-4, 1e-4]},
-    "uc2": {"lr": 5e-4, "suf_k": 1, "dropout": 0.0, "few_shot_lrs": [5e-4, 2.5e-4, 5e-5]},
-}
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What train.py asks for
 
@@ -102,12 +95,25 @@ def train_tokenizer(path, size):
     files.write(path, lambda file: file.write(content))
 
 
+def recipe(name, size):
+    """What of the fine-tuning of a model is not the paper's; the reasons are in the README ("The miniature")."""
+    p, small = mini_pretrain.PRETRAINING[size], mini_pretrain.PRETRAINING["small"]
+    slower = p.lr / small.lr  # the best rate of fine-tuning was measured in the small world; elsewhere it is a guess
+    own = {"image_size": mini_world.WORLD_SIZES[size].image_size, "micro_batch": 256, "batch_size": p.fine_tuning_batch,
+           "dropout": 0.0}
+    if name == "cclm":
+        lr, layers, share = 1e-3 * slower, p.text_layers + p.cross_layers, 3 / 18  # of the layers, per epoch
+        own |= {"vision_lr": lr * 2 / 3, "drop_path": 0.0, "augment": False, "few_shot_lrs": [lr, lr / 2, lr / 10]}
+    else:
+        lr, layers, share = 5e-4 * slower, p.uc2_layers, 3 / 12
+        own |= {"few_shot_lrs": [lr, lr / 2, lr / 10]}
+    return own | {"lr": lr, "suf_k": round(layers * share)}
+
+
 def write_checkpoint(path, name, model, tokenizer, size, how):
     """The pre-trained model under the official names, in float16, with the recipe that fits it."""
-    own = RECIPE[name] | {"image_size": mini_world.WORLD_SIZES[size].image_size, "micro_batch": 256,
-                          "batch_size": mini_pretrain.PRETRAINING[size].fine_tuning_batch}
     config = model.config() | {"tokenizer_sha256": tokenizer.sha256, "pretraining": how,
-                               "recipe": {task: own for task in data.LANGUAGES}}
+                               "recipe": {task: recipe(name, size) for task in data.LANGUAGES}}
     halves = {}  # a tensor with two names is stored once
 
     def half(tensor):
