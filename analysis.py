@@ -686,19 +686,20 @@ def parse_args(argv):
         if name == "alignment":
             command.add_argument("--epoch", type=int, help="of runs with --save-epochs (default: the final weights)")
     about = "Train what is missing and write the report."
-    command = commands.add_parser("reproduce", help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    command = commands.add_parser("reproduce", help=about,
                                   description=f"{about} Flags after -- go to every English run of train.py.")
-    command.add_argument("--model", choices=["cclm", "uc2"], help="only this one")
-    command.add_argument("--task", choices=list(data.LANGUAGES), help="only this one")
+    command.add_argument("--model", choices=["cclm", "uc2"], help="only this one (default: both)")
+    command.add_argument("--task", choices=list(data.LANGUAGES), help="only this one (default: all)")
     command.add_argument("--strategies", metavar="standard,suf,...",
-                         help="only these, as train.py names them; fewshot: the few-shot runs")
-    command.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 of each strategy")
-    command.add_argument("--runs", default="runs", metavar="DIR", help="where the runs are and go")
-    command.add_argument("--report", default="report", metavar="DIR", help="where the report goes")
+                         help="only these, as train.py names them; fewshot: the few-shot runs (default: all)")
+    command.add_argument("--seeds", type=int, default=3, metavar="N",
+                         help="seeds 0 to N - 1 of each strategy (default: 3)")
+    command.add_argument("--runs", default="runs", metavar="DIR", help="where the runs are and go (default: runs)")
+    command.add_argument("--report", default="report", metavar="DIR", help="where the report goes (default: report)")
     for name, what in (("data", "DIR"), ("checkpoint", "FILE"), ("tokenizer", "FILE")):
-        command.add_argument(f"--{name}", metavar=what, help="as for train.py; default: the embedded miniature")
+        command.add_argument(f"--{name}", metavar=what, help="as for train.py (default: the embedded miniature)")
     command.add_argument("--jobs", type=int, metavar="N",
-                         help="runs at once; default: on a CPU one per core with one thread each, on a GPU one")
+                         help="runs at once (default: on a CPU one per core with one thread each, on a GPU one)")
     command.add_argument("--dry-run", action="store_true", help="list the runs and estimate their time; train nothing")
     for one in (parser, *commands.choices.values()):
         one.error = lambda message: parser.exit(2, f"error: {message}\n")
