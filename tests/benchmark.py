@@ -129,8 +129,8 @@ def saved_bytes(function):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    return sum(kept.values()), result
+        function()
+    return sum(kept.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,8 +508,8 @@ def strategies(size, repeat, _):
             model.zero_grad()
             model(batch).backward()
 
-        step()
-        flops, (kept, _) = count_flops(step), saved_bytes(lambda: model(batch))
+        flops = count_flops(step)  # a warm-up, too
+        kept = saved_bytes(lambda: model(batch))
         training_now = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         rows.append({"strategy": name, "trainable": training_now, "flops": flops, "kept_bytes": kept,
                      "adamw_bytes": 8 * training_now})
