@@ -103,7 +103,7 @@ def test_build_gives_the_same_checkpoint_twice_and_it_trains(model, little, tmp_
                 "--tokenizer", str(tmp_path / "one" / "tokenizer.model"), "--run", str(tmp_path / "run"), "--dry-run"])
 
 
-@pytest.mark.parametrize("model, size, phase", [("cclm", "medium", "top 2 of 9"), ("uc2", "large", "top 3 of 12")])
+@pytest.mark.parametrize("model, size, phase", [("cclm", "medium", "top 2 of 9"), ("uc2", "medium", "top 2 of 8")])
 def test_larger_worlds_are_built_and_trained_on(model, size, phase, tmp_path, capsys, monkeypatch):
     """With few scenes and sentences; images, vocabulary and models as large as they are. SUF's phases as in the paper.
     """
