@@ -99,15 +99,14 @@ def recipe(name, size):
     """What of the fine-tuning of a model is not the paper's; the reasons are in the README ("The miniature")."""
     p, small = mini_pretrain.PRETRAINING[size], mini_pretrain.PRETRAINING["small"]
     slower = p.lr / small.lr  # the best rate of fine-tuning was measured in the small world; elsewhere it is a guess
-    own = {"image_size": mini_world.WORLD_SIZES[size].image_size, "micro_batch": 256, "batch_size": p.fine_tuning_batch,
-           "dropout": 0.0}
     if name == "cclm":
         lr, layers, share = 1e-3 * slower, p.text_layers + p.cross_layers, 3 / 18  # of the layers, per epoch
-        own |= {"vision_lr": lr * 2 / 3, "drop_path": 0.0, "augment": False, "few_shot_lrs": [lr, lr / 2, lr / 10]}
+        own = {"vision_lr": lr * 2 / 3, "drop_path": 0.0, "augment": False}
     else:
-        lr, layers, share = 5e-4 * slower, p.uc2_layers, 3 / 12
-        own |= {"few_shot_lrs": [lr, lr / 2, lr / 10]}
-    return own | {"lr": lr, "suf_k": round(layers * share)}
+        lr, layers, share, own = 5e-4 * slower, p.uc2_layers, 3 / 12, {}
+    return own | {"lr": lr, "few_shot_lrs": [lr, lr / 2, lr / 10], "suf_k": round(layers * share), "dropout": 0.0,
+                  "image_size": mini_world.WORLD_SIZES[size].image_size, "micro_batch": 256,
+                  "batch_size": p.fine_tuning_batch}
 
 
 def write_checkpoint(path, name, model, tokenizer, size, how):

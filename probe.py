@@ -190,17 +190,18 @@ def measure(strategies, rounds=1):
     loading = (time.perf_counter() - started) * parts / len(batches)
     batches = [{name: tensor.to(device) for name, tensor in batch.items() if name != "ids"}
                for batch in batches[:parts]]
+    epochs = [layers_by_epoch(*strategy, model) for strategy in strategies]
     fastest, stored = [{} for _ in strategies], [0] * len(strategies)
     for _ in range(rounds):
-        for i, (its_args, its_recipe) in enumerate(strategies):
-            optimizer = train.prepare_parameters(model, its_args, its_recipe)  # its rates are 0: the weights stay
-            for trainable in dict.fromkeys(layers_by_epoch(its_args, its_recipe, model)):
+        for i, strategy in enumerate(strategies):
+            optimizer = train.prepare_parameters(model, *strategy)  # its rates are 0: the weights stay
+            for trainable in dict.fromkeys(epochs[i]):
                 schedule.apply(model.layers, trainable)
                 times = [timed_step(model, batches, optimizer, args.precision, device) for _ in range(3)]
                 fastest[i][trainable] = min(*times, fastest[i].get(trainable, math.inf))
             stored[i] = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
-    return [{"seconds": [found[trainable] for trainable in layers_by_epoch(*strategy, model)], "loading": loading,
-             "bytes": size} for strategy, found, size in zip(strategies, fastest, stored)]
+    return [{"seconds": [found[trainable] for trainable in layers], "loading": loading, "bytes": size}
+            for layers, found, size in zip(epochs, fastest, stored)]
 
 
 def layers_by_epoch(args, recipe, model):

@@ -60,6 +60,18 @@ def synchronize():
         torch.cuda.synchronize()
 
 
+def interleaved(functions, repeat):
+    """Call all functions in turn, `repeat` times over. -> seconds of every call, a list per function."""
+    seconds = [[] for _ in functions]
+    for _ in range(repeat):
+        for times, function in zip(seconds, functions):
+            began = time.perf_counter()
+            function()
+            synchronize()
+            times.append(time.perf_counter() - began)
+    return seconds
+
+
 def ladder(title, rungs, unit, repeat, same=None):
     """Time rungs interleaved; print medians, ratios to the first, and how far outputs are from the first's.
 
@@ -68,19 +80,14 @@ def ladder(title, rungs, unit, repeat, same=None):
     rungs: [(name, amount, function)], where one call handles `amount` units. same(first
     output, output) -> text on their difference.
     """
-    seconds, outputs, memory = [[] for _ in rungs], [], []
+    outputs, memory = [], []
     for _, _, function in rungs:  # warm-up, and what comes out
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         outputs.append(function())
         synchronize()
         memory.append(torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else None)
-    for _ in range(repeat):
-        for times, (_, _, function) in zip(seconds, rungs):
-            began = time.perf_counter()
-            function()
-            synchronize()
-            times.append(time.perf_counter() - began)
+    seconds = interleaved([function for _, _, function in rungs], repeat)
     print(f"\n{title}")
     rows = []
     for (name, amount, _), times, output, peak in zip(rungs, seconds, outputs, memory):
@@ -514,13 +521,7 @@ def strategies(size, repeat, _):
         rows.append({"strategy": name, "trainable": training_now, "flops": flops, "kept_bytes": kept,
                      "adamw_bytes": 8 * training_now})
         functions.append(step)
-    seconds = [[] for _ in functions]
-    for _ in range(repeat):
-        for times, step in zip(seconds, functions):
-            began = time.perf_counter()
-            step()
-            synchronize()
-            times.append(time.perf_counter() - began)
+    seconds = interleaved(functions, repeat)
     for row, times in zip(rows, seconds):
         row["time_share"] = statistics.median([b / a for a, b in zip(seconds[0], times)])
         print(f"  {row['strategy']:38} {row['trainable'] / 1e6:7.1f} M  {row['time_share']:5.2f}x  "
@@ -538,44 +539,37 @@ def growth(size, repeat, _):
     model, single_stream = cclm.CCLM(sizes, "xgqa").to(DEVICE).eval(), uc2.UC2(uc2_sizes, "xflickrco").to(DEVICE).eval()
 
     def evaluation(images=1, questions=2, languages=2, labels=LABELS // 2):
-        rows = label_tokens(labels, sizes.vocabulary)
+        model.set_answers(label_tokens(labels, sizes.vocabulary))
+        trie = model.trie
         pictures = torch.randint(256, (images, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8, device=DEVICE)
         ids = texts(images * questions * languages, sizes.vocabulary, 14, 40, 3)
         index = torch.arange(images, device=DEVICE).repeat_interleave(questions * languages)
 
         def run():
-            mask = (ids != PAD).long()
+            model.trie, mask = trie, (ids != PAD).long()
             return model.predict(model.encode_texts(ids, mask), mask, select(model.memory({"images": pictures}), index))
 
-        def prepare():
-            model.set_answers(rows)
-            teach_frequencies(model.decoder, rows)
-
-        return prepare, run
+        return run
 
     def score(boxes=18):
         ids = texts(16, uc2_sizes.vocabulary, 20, 60, 2)
         image = {"features": torch.randn(1, boxes, uc2_sizes.features, device=DEVICE),
                  "locations": torch.rand(1, boxes, 7, device=DEVICE),
                  "region_mask": torch.ones(1, boxes, dtype=torch.long, device=DEVICE)}
-        return lambda: None, lambda: single_stream.match_scores(
+        return lambda: single_stream.match_scores(
             single_stream.encode_texts(ids, None), (ids != PAD).long(), single_stream.memory(image))
 
     print(f"\nWhen one quantity doubles, {size}")
-    cases = {"one image, 2 questions, 2 languages": evaluation(), "images (with their questions)": evaluation(images=2),
-             "questions per image": evaluation(questions=4), "languages": evaluation(languages=4),
-             "labels": evaluation(labels=LABELS), "18 boxes": score(), "boxes (UC2, 18 to 36)": score(36)}
-    seconds = {name: [] for name in cases}
-    for _ in range(1 + repeat):  # the first is a warm-up
-        for name, (prepare, run) in cases.items():
-            prepare()
-            began = time.perf_counter()
-            run()
-            synchronize()
-            seconds[name].append(time.perf_counter() - began)
-    first, *doubled, few_boxes, many_boxes = seconds
-    rows = [{"doubled": double, "time": statistics.median(b / a for a, b in zip(seconds[single][1:], seconds[double][1:]))}
-            for double, single in [*((name, first) for name in doubled), (many_boxes, few_boxes)]]
+    teach_frequencies(model.decoder, label_tokens(LABELS, sizes.vocabulary))
+    single, boxes = evaluation(), score()
+    doubled = {"images (with their questions)": (single, evaluation(images=2)),
+               "questions per image": (single, evaluation(questions=4)), "languages": (single, evaluation(languages=4)),
+               "labels": (single, evaluation(labels=LABELS)), "boxes (UC2, 18 to 36)": (boxes, score(36))}
+    functions = [single, boxes, *(double for _, double in doubled.values())]
+    interleaved(functions, 1)  # a warm-up
+    seconds = dict(zip(functions, interleaved(functions, repeat)))
+    rows = [{"doubled": name, "time": statistics.median(b / a for a, b in zip(seconds[once], seconds[twice]))}
+            for name, (once, twice) in doubled.items()]
     for row in rows:
         print(f"  {row['doubled']:32} {row['time']:5.2f}x the time")
     return {"rows": rows}
