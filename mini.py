@@ -38,7 +38,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 WORLD = os.path.join(HERE, "mini_data")  # written on first use
 SHIPPED = os.path.join(HERE, "miniature")  # tokenizer.model, cclm.pt, uc2.pt
 DEFAULT_RUNS = ["runs/cclm-xgqa-standard-seed0", "runs/cclm-xgqa-suf-seed0"]  # of --show
-WORLD_SEED = 0  # of data and tokenizer, whatever the seed of pre-training
+# Whatever the seed of pre-training. Every choice was made on the world of seed 0; that of seed 1, which the README's
+# numbers are from, was drawn after the last one.
+TOKENIZER_SEED, WORLD_SEED = 0, 1
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What train.py asks for
@@ -84,7 +86,8 @@ def write_world(folder, size):
 
 def train_tokenizer(path, size):
     """A unigram model of romanised text, its vocabulary so small that languages share pieces. Same bytes every time."""
-    corpus, path = mini_world.tokenizer_corpus(20_000, mini_world.WORLD_SIZES[size], WORLD_SEED), os.path.abspath(path)
+    corpus = mini_world.tokenizer_corpus(20_000, mini_world.WORLD_SIZES[size], TOKENIZER_SEED)
+    path = os.path.abspath(path)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the file records the paths it is given
         files.write("rules.tsv", lambda file: file.write(mini_languages.normalization_rules().encode()))
         sentencepiece.SentencePieceTrainer.train(
