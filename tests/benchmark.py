@@ -270,6 +270,15 @@ def question_batch(sizes, questions, images, seed=0):
             "answer_weight": torch.ones(questions, device=DEVICE)}
 
 
+def region_batch(sizes, questions, regions=36):
+    input_ids = texts(questions, sizes.vocabulary, 14, 40, 0)
+    return {"features": torch.randn(questions, regions, sizes.features, device=DEVICE),
+            "locations": torch.rand(questions, regions, sizes.locations, device=DEVICE),
+            "region_mask": torch.ones(questions, regions, dtype=torch.long, device=DEVICE),
+            "input_ids": input_ids, "attention_mask": (input_ids != PAD).long(),
+            "targets": torch.eye(sizes.labels, device=DEVICE)[:questions]}
+
+
 def part(batch, rows):
     """Some questions of a batch with an image each."""
     return {name: tensor[rows] - (rows.start if name == "answer_question" else 0) for name, tensor in batch.items()}
@@ -494,17 +503,29 @@ def pairs(size, repeat, _):
 
 
 def strategies(size, repeat, _):
-    """What a training step costs under every strategy: time, FLOPs and saved activations, AdamW's state."""
-    sizes = SIZES[size][0]
-    torch.manual_seed(0)
-    model = cclm.CCLM(sizes, "xgqa").to(DEVICE)
-    batch, n = question_batch(sizes, 4, 4), len(model.layers)
-    k, cross = max(1, n // 6), sizes.cross_layers
-    phases = {"standard, and layer-wise decay": (range(n), ())}
-    phases |= {f"SUF, epoch {epoch + 1}": (schedule.suf(epoch, n, k), ()) for epoch in range(5)}
-    phases |= {"cross-modal layers only": (range(n - cross, n), ("embeddings",)),
-               "cross-modal layers only, ViT frozen": (range(n - cross, n), ("embeddings", "vision"))}
-    print(f"\nCost of a training step by strategy, CCLM {size}, 4 questions with an image each (dropout on)")
+    """Forward and backward of a training step by strategy: time, FLOPs, saved activations; and AdamW's state."""
+    sizes, uc2_sizes = SIZES[size]
+    cost = {}
+    for name, batch, make in (("cclm", question_batch(sizes, 4, 4), lambda: cclm.CCLM(sizes, "xgqa")),
+                              ("uc2", region_batch(uc2_sizes, 32), lambda: uc2.UC2(uc2_sizes, "xgqa"))):
+        torch.manual_seed(0)
+        model = make().to(DEVICE)
+        n = len(model.layers)
+        k = max(1, n // 6) if name == "cclm" else n // 4
+        phases = {"standard, and layer-wise decay": (range(n), ())}
+        phases |= {f"SUF, epoch {epoch + 1}": (schedule.suf(epoch, n, k), ()) for epoch in range(math.ceil(n / k))}
+        if name == "cclm":
+            cross = range(n - sizes.cross_layers, n)
+            phases |= {"cross-modal layers only": (cross, ("embeddings",)),
+                       "cross-modal layers only, ViT frozen": (cross, ("embeddings", "vision"))}
+        questions = len(batch["input_ids"])
+        print(f"\nA training step by strategy, {name} {size}, {questions} questions with an image each, dropout on")
+        cost[name] = cost_of(model, batch, phases, repeat)
+    return cost
+
+
+def cost_of(model, batch, phases, repeat):
+    """phases: {name: (layers that train, groups that do not)}. -> a row per phase, printed too."""
     print(f"  {'':38} trainable   time      FLOPs      kept for backward   AdamW state")
     rows, functions = [], []
     for name, (trainable, frozen) in phases.items():
@@ -528,7 +549,7 @@ def strategies(size, repeat, _):
               f"{row['flops'] / rows[0]['flops']:8.2f}x  "
               f"{row['kept_bytes'] / 1e9:8.2f} GB ({row['kept_bytes'] / rows[0]['kept_bytes']:4.2f}x)  "
               f"{row['adamw_bytes'] / 1e9:6.2f} GB")
-    return {"rows": rows}
+    return rows
 
 
 @torch.inference_mode()
