@@ -1,7 +1,13 @@
-"""Shared by all tests: the project is importable, one thread per test process, and where golden and real files are."""
+"""Shared by all tests: the project is importable, one thread per test process, and where golden and real files are.
 
+The tests of train.py take as long as all others together. Where both are to run, a second pytest runs them beside.
+"""
+
+import json
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +19,52 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reports", help="file that gets every test's report: for the second pytest alone")
+
+
+def pytest_configure(config):
+    if config.getoption("reports"):
+        config.pluginmanager.register(Reports(config))
+
+
+class Reports:
+    """Writes the report of every test to a file, one JSON line each."""
+
+    def __init__(self, config):
+        self.config, self.file = config, open(config.getoption("reports"), "w", encoding="utf-8")
+
+    def pytest_runtest_logreport(self, report):
+        line = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        print(json.dumps(line), file=self.file, flush=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    config, items = session.config, session.items
+    beside = [item.nodeid for item in items if item.path.name == "test_train.py"]
+    if len(beside) in (0, len(items)) or config.getoption("collectonly") or config.getoption("usepdb"):
+        return (yield)
+    items[:] = [item for item in items if item.path.name != "test_train.py"]
+    with tempfile.TemporaryDirectory() as folder:
+        reports, output = os.path.join(folder, "reports"), os.path.join(folder, "output")
+        with open(output, "w") as file:
+            second = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--reports", reports, *beside],
+                cwd=config.rootpath, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            result = yield
+            second.wait()
+        finally:
+            second.kill()
+        assert second.returncode in (0, 1), Path(output).read_text()  # 1: some tests failed
+        for line in Path(reports).read_text().splitlines():
+            report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            session.testsfailed += report.failed
+            config.hook.pytest_runtest_logreport(report=report)
+    return result
 
 
 @pytest.fixture(scope="session")
