@@ -38,6 +38,7 @@ from model import (
     check_file,
     copy_tensors,
     count_layers,
+    in_float32,
     init_weights,
     key_mask,
     rename,
@@ -79,8 +80,7 @@ class Sizes:
 class CCLM(nn.Module):
     """The model for one task: "xgqa", "xvnli", "xflickrco", or "pretraining" (every head of the released checkpoint).
 
-    `layers` are what a schedule may freeze, bottom to top; `outside()` names the
-    parameters that are outside any schedule.
+    `layers` are what a schedule may freeze, bottom to top; `group_of(name)` tells which parameters are outside of any.
     """
 
     def __init__(self, sizes, task, dropout=0.1, drop_path=0.1):
@@ -194,11 +194,12 @@ class CCLM(nn.Module):
 
     def label_loss(self, batch):
         """Mean cross-entropy. batch: images, input_ids, attention_mask, labels [B] (ids of LABELS)."""
-        return F.cross_entropy(self.cls_head(self.fuse_batch(batch, first_token=True)[:, 0]), batch["labels"])
+        logits = in_float32(self.cls_head, self.fuse_batch(batch, first_token=True)[:, 0])
+        return F.cross_entropy(logits, batch["labels"])
 
     def label_logits(self, text_states, attention_mask, memory):
         """-> [B,3]."""
-        return self.cls_head(self.fuse(text_states, attention_mask, memory, first_token=True)[:, 0])
+        return in_float32(self.cls_head, self.fuse(text_states, attention_mask, memory, first_token=True)[:, 0])
 
     # -- xGQA: generation ----------------------------------------------------------------------------------------------
 
@@ -212,22 +213,23 @@ class CCLM(nn.Module):
         batch: images, input_ids [B,T], attention_mask [B,T]; answer_ids [A,L] (<s> … </s>, padded), and for answer a
         its question answer_question[a] and weight answer_weight[a].
         """
+        real = real_targets(batch["answer_ids"])  # before the device has much to do: the host waits for the number
         question_states = self.fuse_batch(batch)
         losses = self.decoder.answer_losses(question_states, batch["attention_mask"], batch["answer_ids"],
-                                            batch["answer_question"])
+                                            batch["answer_question"], real)
         return (losses * batch["answer_weight"]).sum() / len(question_states)
 
     # -- xFlickrCO: contrastive features and matching ------------------------------------------------------------------
 
     def image_features(self, image_states):
-        return F.normalize(self.vision_proj(image_states[:, 0]), dim=-1)  # [I,1+P,D] -> [I,E]
+        return F.normalize(in_float32(self.vision_proj, image_states[:, 0]), dim=-1)  # [I,1+P,D] -> [I,E]
 
     def text_features(self, text_states):
-        return F.normalize(self.text_proj(text_states[:, 0]), dim=-1)  # [B,T,D] -> [B,E]
+        return F.normalize(in_float32(self.text_proj, text_states[:, 0]), dim=-1)  # [B,T,D] -> [B,E]
 
     def match_logits(self, text_states, attention_mask, memory):
         """-> [B,2]; column 1 says that text and image belong together."""
-        return self.itm_head(self.fuse(text_states, attention_mask, memory, first_token=True)[:, 0])
+        return in_float32(self.itm_head, self.fuse(text_states, attention_mask, memory, first_token=True)[:, 0])
 
     def match_scores(self, text_states, attention_mask, memory):
         """-> [B]: the higher, the better text and image belong together."""
@@ -258,8 +260,9 @@ class CCLM(nn.Module):
         images with all texts: 2 x [B, B of all].
         """
         image_features, text_features = self.image_features(image_states), self.text_features(text_states)
-        return (text_features @ gather(image_features).T / self.temp,
-                image_features @ gather(text_features).T / self.temp)
+        with torch.autocast(image_features.device.type, enabled=False):
+            return (text_features @ gather(image_features).T / self.temp,
+                    image_features @ gather(text_features).T / self.temp)
 
     def matching_loss(self, image_states, text_states, attention_mask, image_rows, text_rows):
         """Mean cross-entropy over B pairs that match, B texts with a negative image (image_rows
@@ -444,15 +447,17 @@ class AnswerDecoder(nn.Module):
             hidden = layer(hidden, mask[:, None, None], keys_values, memory[i], key_mask(question_mask))
         return hidden[:, 0], torch.stack(own, dim=1)
 
-    def answer_losses(self, question_states, question_mask, answer_ids, answer_question):
-        """-log p of every answer, summed over its tokens after <s>, </s> included: [A]."""
+    def answer_losses(self, question_states, question_mask, answer_ids, answer_question, real=None):
+        """-log p of every answer, summed over its tokens after <s>, </s> included: [A].
+
+        real: `real_targets` of answer_ids, where known; only these meet the vocabulary.
+        """
+        real = real_targets(answer_ids) if real is None else real
         memory = select(self.memory(question_states), answer_question)
         hidden = self.decode(answer_ids, memory, question_mask[answer_question])[:, :-1]
-        targets = answer_ids[:, 1:]
-        real = targets != PAD
-        # only real tokens meet the vocabulary
-        losses = F.cross_entropy(self.logits(hidden[real]), targets[real], reduction="none")
-        return torch.zeros(real.shape, dtype=losses.dtype, device=losses.device).masked_scatter(real, losses).sum(1)
+        losses = F.cross_entropy(self.logits(hidden.flatten(0, 1)[real]), answer_ids[:, 1:].flatten()[real],
+                                 reduction="none")
+        return losses.new_zeros(hidden.shape[:2]).flatten().scatter(0, real, losses).view(hidden.shape[:2]).sum(1)
 
     def rank_answers(self, question_states, question_mask, candidate_ids, k):
         """The reference's ranking: preselect the k candidates with the likeliest first token, then score them in full.
@@ -470,6 +475,11 @@ class AnswerDecoder(nn.Module):
         scores = first - losses.view(questions, k)
         scores, order = scores.softmax(-1).sort(descending=True)
         return top.gather(1, order), scores
+
+
+def real_targets(answer_ids):
+    """[A,L] -> which of the A x (L - 1) tokens after the first are no padding: positions in the flattened matrix."""
+    return (answer_ids[:, 1:] != PAD).flatten().nonzero()[:, 0]
 
 
 class AnswerTrie:

@@ -850,10 +850,12 @@ def label_targets(examples, class_of):
 
 
 def contrast_targets(examples):
-    """CCLM on xFlickrCO: image_ids [B], and uniform [B,2], the draws of the hard negatives."""
+    """CCLM on xFlickrCO: image_ids [B], and uniform [B,2], the draws of the hard negatives.
+
+    In double precision: as float32 some numbers below 1 would become 1.
+    """
     return lambda indices, generators: {"image_ids": torch.from_numpy(examples.image_rows[indices]),
-                                        "uniform": torch.from_numpy(
-                                            np.stack([g.random(2) for g in generators])).float()}
+                                        "uniform": torch.from_numpy(np.stack([g.random(2) for g in generators]))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import files
 import uc2
 from files import InputError
 from model import read_checkpoint, select
-from processes import from_all_ranks, ranks
+from processes import accelerator, from_all_ranks, ranks
 
 MODELS = {"cclm": cclm, "uc2": uc2}
 RECALLS = (1, 5, 10)
@@ -257,7 +257,7 @@ def retrieve(model, evaluation, device, image_batch, text_batch, workers, candid
         encoded = model.encode_images(pictures)
         images.update(zip(rows, (rows_of(encoded, slice(i, i + 1)) for i in range(len(rows)))))
         if hasattr(model, "image_features"):
-            features.update(zip(rows, model.image_features(encoded).float().cpu()))
+            features.update(zip(rows, model.image_features(encoded).cpu()))
     features = {row: feature for part in from_all_ranks(features) for row, feature in part.items()}
     results, predictions = {}, {}
     texts = {language: encode_all_texts(model, examples, device, text_batch)
@@ -314,7 +314,7 @@ def encode_all_texts(model, examples, device, batch):
     for some in order.split(batch):
         input_ids, attention_mask = (x.to(device) for x in data.pad([examples.tokens[i] for i in some]))
         encoded = model.encode_texts(input_ids, attention_mask)
-        text_features = (model.text_features(encoded).float().cpu() if hasattr(model, "text_features")
+        text_features = (model.text_features(encoded).cpu() if hasattr(model, "text_features")
                          else [None] * len(some))
         for i, state, mask, feature in zip(some.tolist(), encoded, attention_mask, text_features):
             states[i], masks[i], features[i] = state[: lengths[i]], mask[: lengths[i]], feature
@@ -330,7 +330,7 @@ def score_pairs(model, texts, rows, memory, batch):
     for some in order.split(batch):
         chosen, longest = rows[some], int(texts.lengths[rows[some]].max())
         scores[some] = model.match_scores(texts.states[chosen, :longest], texts.attention_mask[chosen, :longest],
-                                          memory).float().cpu()
+                                          memory).cpu()
     return scores
 
 
@@ -470,7 +470,7 @@ def chosen_languages(task, names):
 
 def score_again(run, languages, split, epoch):
     """Evaluate a run on a split; writes results_SPLIT.json and predictions_SPLIT/ into the run's folder."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = accelerator()
     model, tokenizer, labels, args, recipe = load_run(run, device, epoch)
     chosen = load_split(args, recipe, tokenizer, labels, split, chosen_languages(args.task, languages))
     check_features(model, chosen.pictures)

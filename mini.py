@@ -33,6 +33,7 @@ import mini_show
 import mini_world
 from files import InputError
 from model import file_tensors
+from processes import accelerator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WORLD = os.path.join(HERE, "mini_data")  # written on first use
@@ -135,7 +136,7 @@ def build(names, size, seed, steps, folder):
     train_tokenizer(tokenizer_path, size)
     tokenizer = data.Tokenizer(tokenizer_path)
     steps = mini_pretrain.PRETRAINING[size].steps if steps is None else steps
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = accelerator()
     for name in names:
         model, accuracy = mini_pretrain.pretrain(name, size, tokenizer, seed, steps, device)
         path = os.path.join(folder, f"{name}.pt")

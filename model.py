@@ -135,6 +135,12 @@ def select(memory, index):
     return [(first[index], second[index]) for first, second in memory]
 
 
+def in_float32(head, states):
+    """head(states) without autocast: scores rounded to bf16 would tie, and their order would be an accident."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.float())
+
+
 def key_mask(attention_mask):
     """[B,S] of 0/1 -> boolean [B,1,1,S], True where a key may be attended."""
     return attention_mask.bool()[:, None, None, :]

@@ -26,10 +26,7 @@ import train
 import uc2
 from files import InputError
 from model import read_checkpoint
-
-
-def device_of():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from processes import accelerator
 
 
 def labels_of(args):
@@ -55,7 +52,7 @@ def not_fine_tuned(run):
     path = os.path.join(run, "not_fine_tuned.json")
     if not os.path.isfile(path):
         args, recipe = evaluation.read_run(run)
-        model, device = pretrained(args, recipe), device_of()
+        model, device = pretrained(args, recipe), accelerator()
         test = evaluation.load_split(args, recipe, data.Tokenizer(args.tokenizer), labels_of(args), "test")
         results, _ = evaluation.evaluate(model.to(device), test, device, args.precision, args.workers)
         files.write_json(path, results)
@@ -73,7 +70,7 @@ def sentence_vectors(run, epoch=None):
     run: folder; epoch: one of its saved epochs (default: the final weights). Languages are in the order of
     data.LANGUAGES. InputError where there are fewer than two such items.
     """
-    device = device_of()
+    device = accelerator()
     model, tokenizer, labels, args, recipe = evaluation.load_run(run, device, epoch)
     split = evaluation.load_split(args, recipe, tokenizer, labels, "test")
     model.eval()
@@ -138,7 +135,7 @@ def post_hoc(run):
     found = files.read_json(path) if os.path.isfile(path) else {}
     if found.get("complete"):
         return found
-    device = device_of()
+    device = accelerator()
     model, tokenizer, labels, args, recipe = evaluation.load_run(run, device)
     test = evaluation.load_split(args, recipe, tokenizer, labels, "test")
     dev = train.development_data(Namespace(**vars(args) | {"few_shot": "en"}), recipe, tokenizer, labels)
@@ -178,7 +175,7 @@ def measure(strategies, rounds=1):
     -> per strategy {"seconds": of a step, the fastest of three per round, by epoch; "loading": seconds to load a batch;
     "bytes": of AdamW's state after the last epoch}.
     """
-    device, (args, recipe) = device_of(), strategies[0]
+    device, (args, recipe) = accelerator(), strategies[0]
     args = Namespace(**vars(args) | {"limit": min(args.limit or 2 * recipe.batch_size, 2 * recipe.batch_size)})
     model, tokenizer = pretrained(args, recipe).to(device).train(), data.Tokenizer(args.tokenizer)
     examples, dataset = train.training_data(args, recipe, tokenizer, labels_of(args), "train")

@@ -36,20 +36,26 @@ def say(text):
         sys.stdout.flush()
 
 
+def accelerator():
+    """-> torch.device: this process's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 for what bf16 does not cover
+    return device
+
+
 def start(args):
     """Join the other processes if torchrun started any, choose the device. -> torch.device."""
-    cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if cuda:
-        torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("high")  # TF32 for what bf16 does not cover
+    device = accelerator()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    args.precision = args.precision or ("bf16" if cuda else "float32")
-    return torch.device("cuda", local) if cuda else torch.device("cpu")
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "float32")
+    return device
 
 
 def on_all_ranks(function, *arguments):

@@ -159,9 +159,12 @@ def parse_args(argv, description):
     group.add_argument("--questions-per-image", type=int, default=1, metavar="N",
                        help="keep up to N examples of an image together, to share its encoding (default: 1)")
     group.add_argument("--compile", action="store_true", help="torch.compile the layers")
-    group.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) // 2),
-                       help="processes that load images (default: half the cores, at most 8)")
-    group.add_argument("--image-cache", metavar="DIR", help="keep resized images here as uint8, memory-mapped")
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share them
+    group.add_argument("--workers", type=int, default=min(16, cores // 2),
+                       help="processes that load images (default: half the cores of this process, at most 16)")
+    group.add_argument("--image-cache", metavar="DIR",
+                       help="keep resized images here as uint8, memory-mapped; before torchrun, build it with one "
+                            "process (--dry-run does)")
 
     group = parser.add_argument_group("run")
     group.add_argument("--run", "--run-dir", metavar="DIR",
@@ -170,8 +173,8 @@ def parse_args(argv, description):
     group.add_argument("--resume", action="store_true", help="go on where the run in this folder stopped")
     group.add_argument("--eval-every-epoch", action="store_true", help="test in all languages after every epoch")
     group.add_argument("--save-epochs", action="store_true", help="keep the weights of every epoch: epoch1.pt, ...")
-    group.add_argument("--save-every", type=int, default=500, metavar="STEPS",
-                       help="write last.pt every so many optimizer steps, and after every epoch (default: 500)")
+    group.add_argument("--save-every", type=int, default=2000, metavar="STEPS",
+                       help="write last.pt every so many optimizer steps, and after every epoch (default: 2000)")
     group.add_argument("--deterministic", action="store_true", help="same bits on a GPU too (slower)")
     group.add_argument("--dry-run", action="store_true",
                        help="print data counts, schedule and parameter groups; no training")

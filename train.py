@@ -1,7 +1,7 @@
 """Fine-tune CCLM or UC2 on English task data, with scheduled unfreezing or without, and test it in every language.
 
     python train.py --model cclm --task xgqa --suf
-        on the embedded miniature: no data, no GPU, a few minutes
+        on the embedded miniature: no data, no GPU, about a minute
     python train.py --model cclm --task xgqa --suf --data IGLUE --checkpoint cclm_x2vlm_base.th \\
                     --tokenizer sentencepiece.bpe.model
         the paper's experiment
@@ -130,14 +130,17 @@ def lr_factor(step, total, warmup):
     return step / max(1, warmup) if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
 
 
-def set_rates(optimizer, factor, step, recipe):
-    """This step's learning rates, and its eps.
+def set_rates(optimizer, factor, recipe):
+    """The learning rates of the step that follows, and its eps.
 
     The references add eps before Adam's bias correction, torch after it: dividing it by the correction is the same.
+    That goes by a parameter's own number of updates, and a group's parameters unfreeze together.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-        group["eps"] = recipe.eps / math.sqrt(1 - recipe.betas[1] ** (step + 1))
+        if group["params"][0].requires_grad:
+            group["updates"] = group.get("updates", 0) + 1
+            group["eps"] = recipe.eps / math.sqrt(1 - recipe.betas[1] ** group["updates"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
                 loss_of = None  # the old wrapper's hooks go before the new one's come
                 loss_of = wrap(model, device)
             factor = lr_factor(step, total, recipe.warmup * total)
-            set_rates(optimizer, factor, step, recipe)
+            set_rates(optimizer, factor, recipe)
 
             losses, ids = [], []
             for part in mine:
@@ -250,7 +253,7 @@ def wrap(model, device):
     if not dist.is_initialized():
         return model
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def compile_layers(model):
@@ -370,6 +373,11 @@ def accumulation(args, recipe, examples):
     if size % (processes * args.grad_accum):
         raise InputError(f"a batch of {size} cannot be split evenly over {processes} process(es) x {args.grad_accum} "
                          "accumulation steps")
+    contrasted = size // args.grad_accum
+    if args.model == "cclm" and args.task == "xflickrco" and min(contrasted, len(examples.image_keys)) < 2:
+        raise InputError(f"{examples.source}: CCLM learns retrieval from the pairs of one forward pass, each other's "
+                         f"negatives; among {contrasted} pair(s) of {len(examples.image_keys)} image(s) there is no "
+                         "other")
 
 
 def print_plan(args, recipe, changed, model, examples, tests, labels):
@@ -429,8 +437,9 @@ def run(args):
     tests = evaluation.load_split(args, recipe, tokenizer, labels, "test")
     evaluation.check_features(model, dataset.pictures, tests.pictures)
     accumulation(args, recipe, examples)
-    batches = data.training_items(examples, recipe.batch_size, args.seed, 1, 0, 1, [0])
-    args.layer_order = layer_order(args, model, dataset, itertools.islice(batches, 20), device)
+    first_parts = data.training_items(examples, recipe.batch_size, args.seed, 1, 0, ranks()[1] * args.grad_accum, [0])
+    # one process's order for all: on a GPU, two may not agree to the last bit
+    args.layer_order = on_all_ranks(layer_order, args, model, dataset, itertools.islice(first_parts, 20), device)[0]
     print_plan(args, recipe, changed, model, examples, tests, labels)
     if args.dry_run:
         return

@@ -39,6 +39,7 @@ from model import (
     check_file,
     copy_tensors,
     count_layers,
+    in_float32,
     init_weights,
     key_mask,
     rename,
@@ -173,7 +174,8 @@ class UC2(nn.Module):
 
     def logits(self, head, text_states, attention_mask, memory):
         """-> [B, outputs of the head]."""
-        return head(self.dropout(self.pooled(self.fuse(text_states, attention_mask, memory, first_token=True))))
+        pooled = self.pooled(self.fuse(text_states, attention_mask, memory, first_token=True))
+        return in_float32(head, self.dropout(pooled))
 
     def batch_logits(self, head, batch):
         """`logits` of a training batch: text b, or text text_index[b] if there is such an
@@ -185,7 +187,7 @@ class UC2(nn.Module):
             memory = select(memory, batch["image_index"])
         if "text_index" in batch:
             text_states, attention_mask = text_states[batch["text_index"]], attention_mask[batch["text_index"]]
-        return self.logits(head, text_states, attention_mask, memory).float()
+        return self.logits(head, text_states, attention_mask, memory)
 
     # -- xGQA and XVNLI: classification --------------------------------------------------------------------------------
 

@@ -318,6 +318,8 @@ def training(size, repeat, compile_too):
             total += loss.detach()
         for group in optimizer.param_groups:
             group["fused"], group["foreach"] = fused, False
+        for state in optimizer.state.values():  # the fused kernel wants its counters on the device
+            state["step"] = state["step"].to(DEVICE if fused else "cpu")
         optimizer.step()  # at rate 0: time is spent, weights stay
         optimizer.zero_grad()
         return total
@@ -366,7 +368,7 @@ def precision(size, *_):
         losses[bf16], times = [], []
         for step in range(steps):
             began = time.perf_counter()
-            train.set_rates(optimizer, train.lr_factor(step, steps, 0.1 * steps), step, RECIPES["cclm", "xgqa"])
+            train.set_rates(optimizer, train.lr_factor(step, steps, 0.1 * steps), RECIPES["cclm", "xgqa"])
             with autocast(bf16):
                 loss = model(batches[step % len(batches)])
             loss.backward()

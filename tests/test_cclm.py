@@ -247,6 +247,16 @@ def test_attention_with_a_trained_bias():
     assert torch.equal(*outputs) and all(torch.allclose(a, b, atol=1e-12) for a, b in zip(expected, ours))
 
 
+def test_scores_under_bf16_do_not_tie():
+    torch.manual_seed(0)
+    model = cclm.CCLM(SMALL, "xflickrco").eval()
+    ids, mask = torch.randint(4, 50, (500, 8)), torch.ones(500, 8, dtype=torch.long)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        image = model.memory({"images": torch.randint(256, (1, 3, 24, 24), dtype=torch.uint8)})
+        scores = model.match_scores(model.encode_texts(ids, mask), mask, image)
+    assert len(scores.unique()) > 450
+
+
 def test_texts_sharing_images_share_their_loss():
     """Questions over fewer images, each encoded once: the loss and gradients of the ungrouped batch."""
     torch.manual_seed(0)

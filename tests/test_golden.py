@@ -474,7 +474,7 @@ def test_cclm_training_trace(path):
     owner = {id(parameter): name for name, parameter in model.named_parameters()}
     losses = []
     for step, lrs in enumerate(trace["lrs_per_step_per_group"]):
-        train.set_rates(optimizer, train.lr_factor(step, total, warmup), step, recipe)
+        train.set_rates(optimizer, train.lr_factor(step, total, warmup), recipe)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 assert group["lr"] == pytest.approx(
@@ -533,7 +533,7 @@ def check_uc2_trace(path, task):
             (loss / accumulation).backward()
             if len(losses) % accumulation == 0:
                 factor = train.lr_factor(len(norms), total, float(meta["warmup_proportion"]) * total)
-                train.set_rates(optimizer, factor, len(norms), recipe)
+                train.set_rates(optimizer, factor, recipe)
                 rates.append(optimizer.param_groups[0]["lr"])
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).item())
                 optimizer.step()

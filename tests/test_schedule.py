@@ -22,7 +22,16 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from schedule import apply, backward_share, check_partition, layer_decay, preview, suf, thaw_warmup, train_top  # noqa: E402
+from schedule import (  # noqa: E402
+    apply,
+    backward_share,
+    check_partition,
+    layer_decay,
+    preview,
+    suf,
+    thaw_warmup,
+    train_top,
+)
 
 README = ROOT / "README.md"
 NUM_LAYERS = 6

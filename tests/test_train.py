@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -183,6 +184,29 @@ def test_strategies(flags, still, tiny, tmp_path):
         assert distance == sorted(distance) and distance[0] < 0.2 * distance[-1]
 
 
+def test_layers_that_unfreeze_late_get_the_references_updates():
+    """AdamW as in the references, eps added before bias correction, where a parameter's own updates count."""
+    recipe = train.Recipe(epochs=1, batch_size=1, lr=0.1, betas=(0.9, 0.98), eps=1e-3)
+    early, late = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    groups = [{"params": [parameter], "peak_lr": 0.1, "weight_decay": 0.0} for parameter in (early, late)]
+    optimizer = train.make_optimizer(groups, recipe)
+    gradients = 1e-3 * torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+
+    expected = [parameter.detach().clone() for parameter in (early, late)]
+    for value, used in zip(expected, (gradients, gradients[3:])):
+        mean, square = torch.zeros(2), torch.zeros(2)
+        for n, gradient in enumerate(used, start=1):
+            mean, square = 0.9 * mean + 0.1 * gradient, 0.98 * square + 0.02 * gradient ** 2
+            value -= 0.1 * math.sqrt(1 - 0.98 ** n) / (1 - 0.9 ** n) * mean / (square.sqrt() + 1e-3)
+    for step, gradient in enumerate(gradients):
+        late.requires_grad_(step >= 3)
+        train.set_rates(optimizer, 1.0, recipe)
+        for parameter in (early, late):
+            parameter.grad = gradient.clone() if parameter.requires_grad else None
+        optimizer.step()
+    assert torch.allclose(early, expected[0], atol=1e-6) and torch.allclose(late, expected[1], atol=1e-6)
+
+
 def test_few_shot(tiny, runs, tmp_path):
     english, _ = runs("cclm", "xgqa")
     command = [sys.executable, str(ROOT / "train.py"), "--few-shot", "de", "--shots", "5", "--init", str(english),
@@ -234,6 +258,7 @@ def test_compile_across_phases(tiny, tmp_path, monkeypatch):
     ("cclm", "xgqa", ["--lr", "inf"], "--lr must be positive, got inf"),
     ("cclm", "xgqa", ["--first-image-negatives"], "UC2's training on xFlickrCO alone"),
     ("cclm", "xflickrco", ["--questions-per-image", 2], "--questions-per-image: CCLM's"),
+    ("cclm", "xflickrco", ["--grad-accum", 32], "among 1 pair(s) of 64 image(s) there is no other"),
     ("uc2", "xgqa", ["--vision-lr", 1e-3], "--vision-lr: UC2 has no image encoder"),
     ("uc2", "xgqa", ["--image-cache", "cache"], "--image-cache: UC2 has no image encoder"),
     ("uc2", "xgqa", ["--run-dir", ROOT / "train.py" / "run"], "cannot write there (Not a directory)"),

@@ -211,3 +211,11 @@ def test_padding_changes_nothing(deterministic):
     logits = [model.label_logits(model.encode_texts(b["input_ids"], b["attention_mask"]), b["attention_mask"],
                                  model.memory(b)) for b in (batch, padded)]
     assert torch.allclose(*logits, atol=1e-6)
+
+
+def test_scores_under_bf16_do_not_tie(deterministic):
+    model, batch = uc2.UC2(SMALL, "xflickrco").eval(), random_batch(images=1, texts=500)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        states = model.encode_texts(batch["input_ids"], batch["attention_mask"])
+        scores = model.match_scores(states, batch["attention_mask"], model.memory(batch))
+    assert len(scores.unique()) > 450
