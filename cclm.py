@@ -41,6 +41,7 @@ from model import (
     in_float32,
     init_weights,
     key_mask,
+    load_finetuned,
     rename,
     select,
     shape_of,
@@ -714,8 +715,5 @@ def from_finetuned(tensors, config, task, source, **options):
 
     Raises ValueError for any other file.
     """
-    with torch.device("meta"):
-        check_file(CCLM(read_sizes(tensors, config, source), task), tensors, source)
-    model = CCLM(read_sizes(tensors, config, source), task, **options)
-    copy_tensors(model, tensors)
-    return model
+    sizes = read_sizes(tensors, config, source)
+    return load_finetuned(lambda: CCLM(sizes, task, **options), tensors, source)

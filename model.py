@@ -290,6 +290,15 @@ def copy_tensors(model, tensors, names=None):
         parameters[ours].copy_(tensors[theirs])
 
 
+def load_finetuned(build, tensors, source):
+    """The model that `build` makes, with the tensors of a file that holds exactly it. ValueError for any other file."""
+    with torch.device("meta"):  # shapes only
+        check_file(build(), tensors, source)
+    model = build()
+    copy_tensors(model, tensors)
+    return model
+
+
 def file_tensors(model):
     """The model as the reference code stores it: official names, aliases and index buffers included.
 

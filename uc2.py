@@ -42,6 +42,7 @@ from model import (
     in_float32,
     init_weights,
     key_mask,
+    load_finetuned,
     rename,
     select,
     shape_of,
@@ -434,11 +435,8 @@ def from_finetuned(tensors, config, task, source, **options):
 
     Raises ValueError for any other file.
     """
-    with torch.device("meta"):
-        check_file(UC2(read_sizes(tensors, config, source), task), tensors, source)
-    model = UC2(read_sizes(tensors, config, source), task, **options)
-    copy_tensors(model, tensors)
-    return model
+    sizes = read_sizes(tensors, config, source)
+    return load_finetuned(lambda: UC2(sizes, task, **options), tensors, source)
 
 
 def image_norm_is_identity(tensors):
