@@ -31,6 +31,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 import data
 import eval as evaluation
@@ -291,8 +293,9 @@ def tables(runs):
 def baseline_rows(task, folder, groups):
     """What is reached without fine-tuning. Nothing where the data is no longer there.
 
-    Accuracy of answers given without looking: the test set's most frequent one, also of each question type; the same
-    for every language, whose items are translations of each other. Retrieval: CCLM's pre-trained heads rank.
+    Accuracy of answers given without looking: the test set's most frequent one, also of each question type, and those of
+    a linear model of English texts; the same for every language, whose items are translations of each other. Retrieval:
+    CCLM's pre-trained heads rank.
     """
     columns = [*data.LANGUAGES[task], "others"]
     if not os.path.isdir(folder):
@@ -311,7 +314,39 @@ def baseline_rows(task, folder, groups):
     if task == "xgqa":
         by_type = sum(counts.most_common(1)[0][1] for counts in types.values())
         found["baseline: the most frequent answer of each question type"] = by_type
+    if not any(is_real(arm) for pair, arms in groups.items() if pair[1] == task for arm in arms.values()):
+        found["baseline: linear model of the words, image unseen"] = blind_model(folder, task)
     return [{"": name} | dict.fromkeys(columns, 100 * count / len(records)) for name, count in found.items()]
+
+
+def blind_model(folder, task):
+    """How many test texts a linear model of their words gets right: logistic regression on the training texts."""
+    train, test = ([(re.findall(r"\w+", record.text.lower()), next(iter(record.answers), record.label))
+                    for record in data.read_records(folder, task, split)[1]] for split in ("train", "test"))
+    word_of = {word: i for i, word in enumerate(sorted({word for words, _ in train for word in words}))}
+    answers = sorted({answer for _, answer in train})
+
+    def counts(texts):
+        matrix = torch.zeros(len(texts), len(word_of))
+        for row, (words, _) in zip(matrix, texts):
+            for word in words:
+                if word in word_of:
+                    row[word_of[word]] += 1
+        return matrix
+
+    inputs, targets = counts(train), torch.tensor([answers.index(answer) for _, answer in train])
+    weights = torch.zeros(len(word_of), len(answers), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(inputs @ weights, targets) + 1e-4 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(loss)
+    chosen = (counts(test) @ weights).argmax(1).tolist()
+    return sum(answers[i] == answer for i, (_, answer) in zip(chosen, test))
 
 
 def is_real(arm):
