@@ -95,3 +95,9 @@ class Stop:
         if self.requested or not self.in_step:
             interrupt(number)
         self.number, self.requested = number, True
+
+    def leave_step(self):
+        """From here on at once, also for a signal that came after the last step had asked."""
+        self.in_step = False
+        if self.requested:
+            interrupt(self.number)

@@ -130,6 +130,20 @@ def with_files(args):
     return args
 
 
+def check_finished(job):
+    """A run that is there already must be one of the report's. InputError if it is another, a line if it lacks something.
+    """
+    then, wanted = evaluation.read_run(job.folder)[0], parsed(job.flags)
+    for name in ("limit", "epochs", "batch_size", "lr", "vision_lr", "embedding_lr"):
+        there = getattr(then, name, None)
+        if there != getattr(wanted, name):
+            raise InputError(f"{job.folder}: a finished run with {name} {there}, the report's has "
+                             f"{getattr(wanted, name)}; move it away, or name another folder with --runs")
+    for name, missing in (("eval_every_epoch", "Figures 2 and 3"), ("save_epochs", "the rivals without training")):
+        if getattr(wanted, name) and not getattr(then, name, False):
+            print(f"note: {job.folder} was run without --{name.replace('_', '-')}: it is not in {missing}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How long
 
@@ -280,6 +294,9 @@ def reproduce(args, more):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         jobs = plan(args, more)
+        for job in jobs:
+            if job.finished and not job.english:
+                check_finished(job)
         if args.dry_run:
             print_plan(jobs, at_once)
             return 0

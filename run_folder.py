@@ -8,9 +8,11 @@ model.pt       the result under official tensor names; epochN.pt with --save-epo
 
 import hashlib
 import json
+import operator
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import asdict
 
 import numpy as np
@@ -34,19 +36,22 @@ class Log:
     It holds no times: a resumed run's equals an uninterrupted one's.
     """
 
-    def __init__(self, run, step=0, finished=False):
-        """Keep an interrupted run's lines up to optimizer step `step`; if that is the
-        last, its evaluation is done again.
+    def __init__(self, run, step=0):
+        """Keep an interrupted run's lines up to optimizer step `step`, but not what was evaluated after it: `fit` does
+        that again. InputError where a step is missing.
         """
-        path, kept = os.path.join(run, "log.jsonl"), []
+        path, kept, steps = os.path.join(run, "log.jsonl"), [], 0
         if step and os.path.isfile(path):
             lines = [line for line in files.read_bytes(path).splitlines(True) if line.endswith(b"\n")]
             for number, line in enumerate(lines, start=1):
                 where = f"{path}, line {number}"
                 entry = files.parse_json(line, where)
                 at = files.expect(entry, "step", int, where)
-                if at < step or at == step and not (finished and "languages" in entry):
+                if at < step or at == step and "loss" in entry:
                     kept.append(line)
+                    steps += "loss" in entry
+        if steps != step:
+            raise InputError(f"{path}: it has {steps} steps, last.pt is from step {step}: it was changed since")
         files.write(path, lambda file: file.writelines(kept))
         self.file = open(path, "a", encoding="utf-8")
 
@@ -95,9 +100,10 @@ def versions():
 # Starting and resuming
 
 
-def start_folder(args, recipe, changed, model, examples, inputs):
+def start_folder(args, recipe, changed, model, examples, inputs, more=0):
     """Make the run's folder with its args.json. -> the settings that a resumed run must share.
 
+    more: how many times the size of the weights will be needed beside the usual.
     InputError, before any work is done, for what could not be finished or would overwrite another run.
     """
     settings = settings_of(args, recipe, examples.source)
@@ -110,7 +116,7 @@ def start_folder(args, recipe, changed, model, examples, inputs):
         if args.resume and not existing:
             say(f"{args.run}: nothing to resume yet, starting")
         weights = 4 * sum(parameter.numel() for parameter in model.parameters())  # bytes
-        kept = recipe.epochs if args.save_epochs else 0
+        kept = more + (recipe.epochs if args.save_epochs else 0)
         # last.pt beside its predecessor, with Adam's state; model.pt
         check_space(args.run, weights * (3 + 3 + 1 + kept))
         paths = {name: os.path.abspath(getattr(args, name)) for name in ("data", "checkpoint", "tokenizer")}
@@ -148,14 +154,15 @@ def check_space(folder, needed):
 
 
 FLAGS = ("model", "task", "suf", "lr_decay", "train_top", "freeze", "order", "seed", "limit", "questions_per_image",
-         "first_image_negatives")  # that no resumed run may change, beside its recipe
+         "first_image_negatives", "precision", "deterministic")  # that no resumed run may change, beside its recipe
 
 
 def settings_of(args, recipe, source):
     """What a resumed run must have in common with the run it continues."""
     processes = ranks()[1]
     settings = {name: getattr(args, name) for name in FLAGS} | json.loads(json.dumps(asdict(recipe)))
-    settings |= {"processes x accumulation": processes * args.grad_accum, "training file": fingerprint(source),
+    settings |= {"image cache": args.image_cache is not None,  # crops come from resized images
+                 "processes x accumulation": processes * args.grad_accum, "training file": fingerprint(source),
                  "tokenizer": fingerprint(args.tokenizer)}
     if args.task == "xgqa":
         settings["label map"] = fingerprint(label_map(args))
@@ -173,12 +180,19 @@ def resume(run, settings, model=None, optimizer=None):
     if not os.path.isfile(path):
         return 0
     try:
+        if model is None and (damaged := zipfile.ZipFile(path).testzip()):  # torch does not compare checksums
+            raise ValueError(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=model is None)
-        then, step = dict(state["settings"]), int(state["step"])
+        then, step = dict(state["settings"]), operator.index(state["step"])
+        if step < 1:
+            raise ValueError(f"step {step}")
         different = [name for name in settings if then.get(name) != settings[name]]
         if model is not None and not different:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            for parameter, moments in optimizer.state.items():
+                if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("shapes of the optimizer's state")
     except Exception as error:  # whatever a damaged file makes torch raise
         raise InputError(f"{path}: not a readable state, or a truncated one ({type(error).__name__}); "
                          "without it, --resume starts over") from None

@@ -162,7 +162,9 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
     if len(set(states)) > 1:
         raise InputError(f"{args.run}: the processes see different last.pt; their run folder must be a shared one")
     first = done = states[0]
-    log = Log(args.run, first, first == total) if rank == 0 else None
+    if first > total:
+        raise InputError(f"{args.run}: its last.pt is from step {first} of {total}, which cannot be")
+    log = Log(args.run, first) if rank == 0 else None
     items = data.training_items(examples, recipe.batch_size, args.seed, recipe.epochs, first, parts, mine,
                                 **batch_composition(args, examples))
     batches = data.load_batches(dataset, items, args.workers, device)
@@ -171,6 +173,14 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
     with tqdm(total=total, initial=first, desc="training", unit="step", disable=rank > 0, dynamic_ncols=True) as bar:
         stop, loss_of = Stop(), None
         model.train()
+
+        def end_epoch(step):
+            stop.leave_step()
+            after_epoch(step // steps - 1, step, log)
+            stop.in_step = True
+
+        if first and first % steps == 0:  # what follows the epoch may have been cut short
+            end_epoch(first)
         for step in range(first, total):
             epoch = step // steps
             trainable = trainable_layers(args, recipe, epoch, len(model.layers))
@@ -210,10 +220,6 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
             bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}", refresh=False)
             bar.update()
 
-            if done % steps == 0:
-                stop.in_step = False
-                after_epoch(epoch, done, log)
-                stop.in_step = True
             if log and (done % steps == 0 or done % args.save_every == 0 or stopping):
                 log.sync()  # before last.pt: its step is never ahead of the log
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings,
@@ -222,7 +228,9 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
             if stopping:
                 say(f"stopped and saved after step {done} of {total}; the same command with --resume goes on")
                 sys.exit(128 + stop.number)
-        stop.in_step = False
+            if done % steps == 0:
+                end_epoch(done)
+        stop.leave_step()
     return log
 
 
@@ -508,13 +516,17 @@ def finish(args, model, results, predictions, log, step):
 
 
 def next_step(args):
+    """What a newcomer may want to run after this."""
     other = "standard" if strategy_name(args) != "standard" else "suf"
     folder = os.path.join("runs", f"{args.model}-{args.task}-{other}-seed{args.seed}")
-    if os.path.isfile(os.path.join(folder, "results.json")):
-        return f"next: python eval.py --compare {folder} {args.run}"
+    if os.path.isfile(os.path.join(folder, "results.json")) and not args.limit:
+        pair = f"{folder} {args.run}" if other == "standard" else f"{args.run} {folder}"
+        return f"next: python eval.py --compare {pair}"
     flags = " --suf" if other == "suf" else ""
     if not args.miniature:
         flags += f" --data {args.data} --checkpoint {args.checkpoint} --tokenizer {args.tokenizer}"
+    flags += f" --limit {args.limit}" if args.limit else ""
+    flags += f" --seed {args.seed}" if args.seed else ""
     kind = "scheduled unfreezing" if other == "suf" else "standard fine-tuning"
     return f"next: {kind}, to compare: python train.py --model {args.model} --task {args.task}{flags}"
 
@@ -563,7 +575,8 @@ def run_few_shot(args):
     accumulation(args, recipe, examples)
     inputs = input_files(args, examples, tests, dataset.pictures, tests.pictures)
     inputs += [part.source for part in development.examples.values()] + [english_weights]
-    on_all_ranks(start_folder, args, recipe, [], english_model, examples, inputs)
+    # best.pt, and last.pt with Adam's state, of every rate
+    on_all_ranks(start_folder, args, recipe, [], english_model, examples, inputs, 4 * len(recipe.few_shot_lrs))
     say(f"{args.model} on {args.task}, {args.few_shot}: {len(examples):,} examples on {len(examples.image_keys):,} "
         f"images ({args.shots} shots), {recipe.epochs} epochs of {len(examples) // recipe.batch_size} steps of "
         f"{recipe.batch_size}")

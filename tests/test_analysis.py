@@ -486,6 +486,21 @@ def test_reproduce(runs, small, tmp_path, capsys):
     assert "layer-wise decay" not in report
 
 
+def test_runs_of_another_kind_are_told(runs, small, tmp_path, capsys):
+    """Before anything is trained: a finished run with other flags than the report's, or without results by epoch."""
+    run = tmp_path / "cclm-xgqa-standard-seed0"
+    shutil.copytree(runs / run.name, run)
+    stored = read(run / "args.json")
+    (run / "args.json").write_text(json.dumps(stored | {"args": stored["args"] | {"eval_every_epoch": False}}))
+    with pytest.raises(SystemExit):
+        analyse(*reproduce_command(small, tmp_path, "--strategies", "standard", "--seeds", "1", "--dry-run"))
+    assert f"note: {run} was run without --eval-every-epoch: it is not in Figures 2 and 3" in capsys.readouterr().out
+    (run / "args.json").write_text(json.dumps(stored | {"args": stored["args"] | {"limit": 64}}))
+    error = refused(capsys, *reproduce_command(small, tmp_path, "--strategies", "standard,suf"))
+    assert "a finished run with limit 64, the report's has 128" in error
+    assert not (tmp_path / "cclm-xgqa-suf-seed0").exists()
+
+
 def test_dry_run(runs, small, capsys):
     with pytest.raises(SystemExit) as end:
         analyse(*reproduce_command(small, runs, "--seeds", "2", "--dry-run"))

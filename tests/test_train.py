@@ -347,10 +347,17 @@ def test_signals_outside_a_step_end_at_once(module, function, number, tiny, tmp_
         os.kill(os.getpid(), number)
         pytest.fail("the run went on")
 
+    command = train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--eval-every-epoch")
     monkeypatch.setattr(module, function, signalled)
     with pytest.raises(SystemExit) as end:
-        train.main(train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--eval-every-epoch")[2:])
+        train.main(command[2:])
     assert end.value.code == 128 + number and "--resume goes on" in capsys.readouterr().out
+    if function == "evaluate":  # the epoch before it is saved, and is evaluated when the run goes on
+        monkeypatch.undo()
+        assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 4
+        run([*command, "--resume"])
+        run(train_command(tiny, "uc2", "xvnli", tmp_path / "whole", "--eval-every-epoch"))
+        assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_damaged_states_are_told(tiny, tmp_path):
@@ -370,14 +377,25 @@ def test_damaged_states_are_told(tiny, tmp_path):
         (folder / "log.jsonl").write_text("".join([lines[0], line, *lines[2:]]))
         error = refused([*command, "--resume"])
         assert "log.jsonl, line 2: " in error and part in error
+    (folder / "log.jsonl").write_text("".join(lines[2:]))
+    assert "log.jsonl: it has 6 steps, last.pt is from step 8" in refused([*command, "--resume"])
+    (folder / "log.jsonl").write_text("".join(lines))
+    assert "precision was float32, now bf16" in refused([*command, "--resume", "--precision", "bf16"])
     state = torch.load(folder / "last.pt", weights_only=True)
     _, *others = state["model"]
     some = {name: state["model"][name] for name in others}
-    for damage in ({"optimizer": []}, {"step": "x"}, {"settings": 1}, {"model": some}):
+    moments = {0: {name: torch.zeros(3) for name in ("step", "exp_avg", "exp_avg_sq")}}
+    for damage in ({"optimizer": []}, {"optimizer": state["optimizer"] | {"state": moments}}, {"step": "x"}, {"step": -3},
+                   {"settings": 1}, {"model": some}):
         torch.save(state | damage, folder / "last.pt")
         assert "last.pt: not a readable state, or a truncated one" in refused([*command, "--resume"])
-    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
-    assert "last.pt: not a readable state, or a truncated one" in refused([*command, "--resume"])
+    torch.save(state, folder / "last.pt")
+    sound = (folder / "last.pt").read_bytes()
+    for spoilt in (sound[:1000], sound[:5000] + bytes([sound[5000] ^ 1]) + sound[5001:]):
+        (folder / "last.pt").write_bytes(spoilt)
+        assert "last.pt: not a readable state, or a truncated one" in refused([*command, "--resume"])
+    torch.save(state | {"step": 10 ** 9}, folder / "last.pt")
+    assert "its last.pt is from step 1000000000 of 8" in refused([*command, "--resume"])
     assert "nothing to resume yet, starting" in run(train_command(tiny, "uc2", "xvnli", tmp_path / "none", "--resume"))
 
     stored = json.loads((tmp_path / "none" / "args.json").read_text())
