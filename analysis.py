@@ -39,6 +39,7 @@ import eval as evaluation
 import files
 import probe
 from files import InputError
+from recipes import check_fields, whole
 from tables import Difference, Table, pearson, publish, sign_test, summarize, t_interval
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +129,9 @@ def read_run(folder):
     if not args.few_shot:
         for number, line in files.read_jsonl(log):
             if isinstance(line, dict) and "languages" in line:
-                epochs[line.get("epoch", recipe.epochs)] = languages_of(line, args, f"{log}, line {number}")
+                where, epoch = f"{log}, line {number}", line.get("epoch", recipe.epochs)  # the last has none
+                check_fields({"epoch": epoch}, {"epoch": whole(1, recipe.epochs)}, where)
+                epochs[epoch] = languages_of(line, args, where)
         epochs[recipe.epochs] = results
     fingerprints = list(files.expect(files.read_json(settings), "fingerprints", dict, settings).values())
     conditions = vars(recipe) | {"miniature": args.miniature, "limit": args.limit, "their files": fingerprints}
@@ -138,13 +141,11 @@ def read_run(folder):
 
 def languages_of(stored, args, where):
     """-> the results by language in a file or line. InputError unless all languages of a run are there."""
-    results = files.expect(stored, "languages", dict, where)
+    results = evaluation.check_languages(stored, args.task, where)
     for language in ["en", args.few_shot] if args.few_shot else data.LANGUAGES[args.task]:
         if language not in results:
             found = ", ".join(results)
             raise InputError(f"{where}: no results for language {language!r} of {args.task} (found: {found})")
-        for metric, _ in evaluation.headline(args.task):
-            files.expect(results[language], metric, (int, float), f"{where}, {language}")
     return results
 
 
@@ -278,7 +279,8 @@ def tables(runs):
                         theirs |= {f"{column} en": printed["en"], f"{column} others": mean}
                         notes |= {task: FOOTNOTES[task]} if task in FOOTNOTES else {}
             overview += [ours, theirs] if len(theirs) > 1 else [ours]
-    title_1 = "Table 1: English, and the mean of the other languages"
+    every = {(pair, strategy): arm for pair, arms in groups.items() for strategy, arm in arms.items()}
+    title_1 = f"Table 1: English, and the mean of the other languages{world(every)}"
     result = [Table("table1", title_1, overview, list(notes.values()))]
     for number, task in enumerate(TASKS, start=4):
         note = [notes[task]] if task in notes else []
@@ -286,7 +288,9 @@ def tables(runs):
             folders = {run.args.data for (_, one), arms in groups.items() if one == task
                        for arm in arms.values() for run in arm.values()}
             details[task] += baseline_rows(task, *folders, groups) if len(folders) == 1 else []
-            result.append(Table(f"table{number}", f"Table {number}: {TASKS[task]} by language", details[task], note))
+            name = (f"Table {number}: {TASKS[task]} by language"
+                    f"{world({key: arm for key, arm in every.items() if key[0][1] == task})}")
+            result.append(Table(f"table{number}", name, details[task], note))
     return result
 
 
@@ -354,6 +358,28 @@ def is_real(arm):
     return not next(iter(arm.values())).args.miniature
 
 
+def world(arms):
+    """What a table's title adds where none of its runs is on data that was given."""
+    return "" if any(map(is_real, arms.values())) else ", miniature"
+
+
+def setting(arms):
+    """What a picture's title adds: also the number of seeds, where all arms have the same one above 1."""
+    counts = {len(arm) for arm in arms.values()}
+    return world(arms) + (f", {max(counts)} seeds" if len(counts) == 1 and max(counts) > 1 else "")
+
+
+def seeds(arms, *of):
+    """What the name of an arm (or of some that share a line) adds in a picture where not all have as many seeds."""
+    low, *_, high = sorted(len(arms[strategy]) for strategy in (*of, *of))
+    number = f"{low} to {high} seeds" if low < high else f"{low} seed{'s' * (low > 1)}"
+    return f" ({number})" if len({len(arm) for arm in arms.values()}) > 1 else ""
+
+
+def y_label(task):
+    return "recall@1 (%)" if task == "xflickrco" else "accuracy (%)"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures 2 and 3: per epoch
 
@@ -374,14 +400,15 @@ def curves(runs):
                 here = [summaries((run.epochs[epoch] for run in arm.values()), metric, languages) for epoch in epochs]
                 rows += [{"": label(strategy), "epoch": epoch} | row for epoch, row in zip(epochs, here)]
                 lines = {language: (epochs, [row[language].mean for row in here]) for language in languages}
-                panels.append({"title": label(strategy), "x": "epoch", "lines": lines})
-            name = f"Figure 2: {title(model, task)}, {heading} after each epoch"
+                panels.append({"title": label(strategy) + seeds(curved, strategy), "x": "epoch", "y": y_label(task),
+                               "lines": lines})
+            name = f"Figure 2: {title(model, task)}, {heading} after each epoch{setting(curved)}"
             result.append(Table(f"curves-{model}-{task}-{metric}", name, rows, notes, panels))
             rows = [equal_english_row(label(strategy), arm, curved["standard"], metric)
                     for strategy, arm in curved.items()
                     if strategy != "standard" and arm.keys() & curved.get("standard", {}).keys()]
             if rows:
-                name = f"{title(model, task)}, {heading}: mean of the others at equal English"
+                name = f"{title(model, task)}, {heading}: mean of the others at equal English{world(curved)}"
                 result.append(Table(f"equal-english-{model}-{task}-{metric}", name, rows, [EQUAL_ENGLISH]))
     if not result:
         raise InputError("none of these runs was evaluated after every epoch; train.py does so with --eval-every-epoch")
@@ -443,9 +470,10 @@ def types(runs):
                          for epoch, row in zip(epochs, here)]
                 if where == "others":
                     for name in names:
-                        lines[name][label(strategy)] = (epochs, [row[name].mean for row in here])
-        panels = [{"title": name, "x": "epoch", "lines": lines[name]} for name in names]
-        name = f"Figure 3: {title(model, task)}, accuracy by type (drawn: mean of the others)"
+                        arm_name = label(strategy) + seeds(arms, strategy)
+                        lines[name][arm_name] = (epochs, [row[name].mean for row in here])
+        panels = [{"title": name, "x": "epoch", "y": y_label(task), "lines": lines[name]} for name in names]
+        name = f"Figure 3: {title(model, task)}, accuracy by type (drawn: mean of the others){setting(arms)}"
         result.append(Table(f"types-{model}-{task}", name, rows, [], panels))
     if not result:
         raise InputError("none of these runs is on questions that have types: give runs on xgqa or xvnli")
@@ -467,8 +495,10 @@ def of_type(results, name, where):
 
 def alignment(runs, epoch=None):
     """Similarity of <s> between translations, per pair of languages; of unpaired texts; correlation with accuracy."""
-    matrices, rows, panels = [], [], []
-    for (model, task), arms in grouped(runs).items():
+    matrices, rows, panels, groups = [], [], [], grouped(runs)
+    every = {(task, model, strategy): arm for (model, task), arms in groups.items() if task != "xflickrco"
+             for strategy, arm in arms.items()}
+    for (model, task), arms in groups.items():
         languages = data.LANGUAGES[task]
         pairs = ~np.eye(len(languages), dtype=bool)  # of different languages
         for strategy, arm in arms.items() if task != "xflickrco" else ():
@@ -476,8 +506,10 @@ def alignment(runs, epoch=None):
             name, mean = f"{title(model, task)}, {label(strategy)}", np.mean(similar, axis=0)
             matrix = [{"": language} | dict(zip(languages, map(float, row))) for language, row in zip(languages, mean)]
             matrices.append(Table(f"alignment-{model}-{task}-{strategy}",
-                                  f"Figure 4: {name}: similarity of translations, times 100", matrix, digits=0))
-            panels.append({"title": name, "labels": languages, "matrix": mean.tolist()})
+                                  f"Figure 4: {name}: similarity of translations, times 100{setting({strategy: arm})}",
+                                  matrix, digits=0))
+            panels.append({"title": name + seeds(every, (task, model, strategy)), "labels": languages,
+                           "matrix": mean.tolist()})
             known = [number for number in correlation if number is not None]
             rows.append({"": name, "with English": summarize(matrix[0, 1:].mean() for matrix in similar),
                          "all pairs": summarize(matrix[pairs].mean() for matrix in similar),
@@ -491,7 +523,7 @@ def alignment(runs, epoch=None):
                              "unpaired": float(unpaired), "Pearson": f"{correlation:.2f}"})
     if not rows:
         raise InputError("translations exist for xgqa and xvnli; none of these runs is on one of them")
-    return [*matrices, Table("alignment", "Figure 4: alignment", rows, [ALIGNMENT], panels)]
+    return [*matrices, Table("alignment", f"Figure 4: alignment{setting(every)}", rows, [ALIGNMENT], panels)]
 
 
 ALIGNMENT = ("cosine similarity, times 100, of the last layer's state of <s> between the translations of a test item, "
@@ -525,7 +557,7 @@ def strategies(runs):
             moved = [probe.drift(run.folder) for run in arm.values()]
             rows.append({"": label(strategy)} | {part: summarize(one[part] for one in moved) for part in moved[0]})
         name = (f"{title(model, task)}: distance from the pre-trained weights, "
-                "in percent of their norm (layer 1: bottom)")
+                f"in percent of their norm (layer 1: bottom){world(arms)}")
         result += [Table(f"drift-{model}-{task}", name, rows), cost_table(model, task, arms)]
     return result
 
@@ -541,25 +573,28 @@ def compare_arms(model, task, arms):
             printed = paper(model, strategy, task, metric) if is_real(arm) else None
             printed = {f"paper: {language}": printed[language] for language in ("en", "others")} if printed else {}
             rows[strategy] = {"": label(strategy)} | summaries(final(arm), metric, ("en", "others")) | printed
-        name = f"Table 2 and Figure 5: {title(model, task)}, {heading}"
-        panels = decay_panels({strategy: row["others"].mean for strategy, row in rows.items()})
+        name = f"Table 2 and Figure 5: {title(model, task)}, {heading}{setting(arms)}"
+        panels = decay_panels({strategy: row["others"].mean for strategy, row in rows.items()}, arms, y_label(task))
         result.append(Table(f"strategies-{model}-{task}-{metric}", name, list(rows.values()), notes, panels))
         compared = [{"": f"{label(a)} - {label(b)}"} | difference_row(arms[a], arms[b], metric)
                     for b in ("standard", "suf") if b in arms for a in arms
                     if a not in ("standard", b) and arms[a].keys() & arms[b].keys()]
         if compared:
-            name = f"{title(model, task)}, {heading}: differences between strategies"
+            name = f"{title(model, task)}, {heading}: differences between strategies{world(arms)}"
             result.append(Table(f"differences-{model}-{task}-{metric}", name, compared, [DIFFERENCES]))
     return result
 
 
-def decay_panels(mean):
+def decay_panels(mean, arms, y):
     """Figure 5 from the strategies' means of the others."""
     decays = sorted(float(strategy.removeprefix("decay")) for strategy in mean if strategy.startswith("decay"))
-    lines = {"layer-wise decay": (decays, [mean[f"decay{decay:g}"] for decay in decays])}
-    lines |= {label(strategy): (decays, [mean[strategy]] * len(decays))
+    if not decays:
+        return []
+    names = [f"decay{decay:g}" for decay in decays]
+    lines = {f"layer-wise decay{seeds(arms, *names)}": (decays, [mean[name] for name in names])}
+    lines |= {label(strategy) + seeds(arms, strategy): (decays, [mean[strategy]] * len(decays))
               for strategy in ("standard", "suf") if strategy in mean}
-    return [{"title": "mean of the other languages", "x": "decay per layer", "lines": lines}] if decays else []
+    return [{"title": "mean of the other languages", "x": "decay per layer", "y": y, "lines": lines}]
 
 
 DIFFERENCES = ("mean over the seeds that both have, with a 95 % interval of Student's t; bootstrap: 95 % interval over "
@@ -625,8 +660,8 @@ def post_hoc_arms(model, task, standard):
             rows.append({"": f"{what}: {n}"} | row)
         lines = {language: ([n for n, _ in depths], [row[language].mean for _, row in depths])
                  for language in ("en", "others")}
-        panel = {"title": "lower layers reverted", "x": "layers", "lines": lines}
-        name = f"{title(model, task)}, {heading}: standard runs changed after training"
+        panel = {"title": "lower layers reverted", "x": "layers", "y": y_label(task), "lines": lines}
+        name = f"{title(model, task)}, {heading}: standard runs changed after training{setting({'standard': kept})}"
         result.append(Table(f"post-hoc-{model}-{task}-{metric}", name, rows, [note], [panel]))
     return arms, result
 
@@ -643,7 +678,8 @@ def cost_table(model, task, arms):
                                for name in ("ms per step", "optimizer MB")}
     note = ("fastest of several steps on one batch, without loading it; mean over epochs. Optimizer: AdamW's state "
             "after the last epoch")
-    return Table(f"cost-{model}-{task}", f"{title(model, task)}: cost of training", list(rows.values()), [note])
+    name = f"{title(model, task)}: cost of training{world(arms)}"
+    return Table(f"cost-{model}-{task}", name, list(rows.values()), [note])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -680,7 +716,8 @@ def fewshot(runs):
                 before, after = PAPER_FEW_SHOT[strategy]
                 rows.append({"": f"{label(strategy)}: paper", "zero-shot": before, "few-shot": after})
         note = f"means over {', '.join(languages)}; every language with the model trained on its own {shots} images"
-        name = f"Table 3: {title(model, task)}, {shots} shots"
+        trained = {key: {0: run} for key, pairs in case.items() for _, run in pairs.values()}
+        name = f"Table 3: {title(model, task)}, {shots} shots{world(trained)}"
         result.append(Table(f"fewshot-{model}-{task}-{shots}", name, rows, [note]))
     return result
 

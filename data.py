@@ -319,16 +319,19 @@ def image_path(data, task, key):
 
 
 def read_image(path):
-    """-> RGB image. InputError naming the file where it is missing, corrupt or truncated."""
+    """-> RGB image. InputError naming the file where it is missing, corrupt, truncated or of more than 8 bits."""
     content = read_bytes(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than 89 million pixels
             with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "GIF", "BMP", "WEBP")) as image:
-                return image.convert("RGB")
+                mode, converted = image.mode, image.convert("RGB")
     except Exception as error:  # a damaged image can raise anything
         raise InputError(f"{path}: not a readable image, or a truncated one ({type(error).__name__})") from None
+    if mode.startswith(("I", "F")):  # convert cuts what is above 255, and the image turns white
+        raise InputError(f"{path}: more than 8 bits per pixel and channel (mode {mode}); save it as an 8-bit image")
+    return converted
 
 
 def to_tensor(image):
@@ -486,6 +489,9 @@ class Regions:
             self.offsets = self.array("offsets.npy", (count + 1,), np.int64)
             if self.offsets[0] != 0 or (np.diff(self.offsets) < 1).any():
                 raise InputError(f"{folder}/offsets.npy: must start at 0 and grow with every image")
+            if self.boxes > np.diff(self.offsets).max():
+                raise InputError(f"{where}: \"boxes\" is {shorten(self.boxes)}, but by offsets.npy no image has more "
+                                 f"than {np.diff(self.offsets).max():,} regions")
             total = (int(self.offsets[-1]),)
         self.features = self.array("features.npy", (*total, self.dim), np.float16, np.float32)
         self.box_array = self.array("boxes.npy", (*total, 4), np.float32)
@@ -617,7 +623,12 @@ def load_examples(data, task, split, rules, tokenizer, language="en", shots=None
 
 
 def check_answers(examples, labels):
-    """InputError for training questions whose answer is no label."""
+    """InputError for training questions whose answer is no label, and where none has an answer.
+
+    Some may have none, as GQA's format allows: both models then learn from the others of the batch.
+    """
+    if not any(record.answers for record in examples.records):
+        raise InputError(f"{examples.source}: none of {len(examples):,} questions has an answer to train on")
     known = set(labels)
     unknown = [(record.id, answer) for record in examples.records for answer in record.answers if answer not in known]
     if unknown:
@@ -820,6 +831,8 @@ def answer_targets(examples, answer_tokens):
 
     def targets(indices, generators):
         answers = [(i, *pair) for i, index in enumerate(indices) for pair in examples.records[index].answers.items()]
+        # a batch in which no question has an answer: the model cannot score none, so one that weighs nothing
+        answers = answers or [(0, next(iter(answer_tokens)), 0.0)]
         return {"answer_ids": pad([answer_tokens[answer] for _, answer, _ in answers])[0],
                 "answer_question": torch.tensor([i for i, _, _ in answers]),
                 "answer_weight": torch.tensor([weight for _, _, weight in answers])}

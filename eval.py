@@ -14,6 +14,7 @@ Letters: B texts, T tokens, D width, I images, N all texts of a language.
 
 import argparse
 import os
+import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import uc2
 from files import InputError
 from model import read_checkpoint, select
 from processes import accelerator, from_all_ranks, ranks
+from recipes import CHECKS, COUNT, YES_NO, check_fields, number, one_of, optional, whole
 
 MODELS = {"cclm": cclm, "uc2": uc2}
 RECALLS = (1, 5, 10)
@@ -378,14 +380,20 @@ def table(task, results):
     numbers = {language: [*(scores[name] for name, _ in metrics),
                           *(scores["by_type"].get(name, {}).get("accuracy") for name in types)]
                for language, scores in results.items()}
-    others = [row for language, row in numbers.items() if language != "en"]
-    if others:
-        numbers[f"mean of {len(others)} others"] = list(map(mean_of_known, zip(*others)))
+    others = {language: row for language, row in numbers.items() if language != "en"}
+    if len(others) > 1:
+        numbers[name_of_mean(task, others)] = list(map(mean_of_known, zip(*others.values())))
     rows = [["", *(heading for _, heading in metrics), *types]]
     rows += [[name, *("-" if number is None else f"{number:.1f}" for number in row)] for name, row in numbers.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rows = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows]
     return "\n".join("  ".join(row) for row in rows)
+
+
+def name_of_mean(task, others):
+    """What the mean of some languages other than English is called."""
+    complete = set(others) == set(data.LANGUAGES[task]) - {"en"}
+    return f"mean of {len(others)} others" if complete else f"mean of these {len(others)}"
 
 
 def mean_of_known(numbers):
@@ -397,13 +405,14 @@ def mean_of_known(numbers):
 # Runs on disk
 
 
-OPTIONAL_NUMBER, OPTIONAL_TEXT = (int, type(None)), (str, type(None))
-STORED = {  # what is read of args.json
-    "args": {"model": str, "task": str, "data": str, "checkpoint": str, "tokenizer": str, "precision": str,
-             "seed": int, "workers": int, "limit": OPTIONAL_NUMBER, "image_cache": OPTIONAL_TEXT,
-             "few_shot": OPTIONAL_TEXT},
-    "recipe": {"epochs": int, "image_size": int, "clean": str, "train_words": OPTIONAL_NUMBER,
-               "test_words": OPTIONAL_NUMBER, "train_tokens": OPTIONAL_NUMBER, "test_tokens": OPTIONAL_NUMBER},
+# a string that can be a path: without what no file system takes
+TEXT = ("a text", lambda value: isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value))
+PERCENT = number("a number from 0 to 100", lambda value: 0 <= value <= 100)
+ARGS = {  # what is read of args.json beside the recipe
+    "model": one_of(*MODELS), "task": one_of(*data.LANGUAGES), "data": TEXT, "checkpoint": TEXT, "tokenizer": TEXT,
+    "miniature": YES_NO, "precision": one_of("float32", "bf16"), "seed": whole(0), "workers": whole(0, 1000),
+    "limit": optional(whole(1)), "image_cache": optional(TEXT), "few_shot": optional(TEXT), "shots": optional(whole(1)),
+    "init": optional(TEXT),
 }
 
 
@@ -411,15 +420,21 @@ def read_run(run):
     """-> (args, recipe) of a run's folder, as namespaces. InputError if it is none, or a damaged one."""
     path = os.path.join(run, "args.json")
     stored = files.read_json(path) if os.path.isdir(run) else None
-    if not isinstance(stored, dict) or not STORED.keys() <= stored.keys():
+    if not isinstance(stored, dict) or not {"args", "recipe"} <= stored.keys():
         raise InputError(f"{run}: not the folder of a run of train.py (no args.json that train.py wrote)")
-    for part, fields in STORED.items():
-        for name, kind in fields.items():
-            files.expect(stored[part], name, kind, f"{path}, {part}")
-    args, recipe = SimpleNamespace(**stored["args"]), SimpleNamespace(**stored["recipe"])
-    if args.model not in MODELS or args.task not in data.LANGUAGES:
-        raise InputError(f"{path}: unknown model {args.model!r} or task {args.task!r}")
-    return args, recipe
+    check_fields(stored["args"], ARGS, f"{path}, args")
+    check_fields(stored["recipe"], CHECKS, f"{path}, recipe")
+    if unknown := [name for name in stored["recipe"] if name not in CHECKS]:
+        raise InputError(f"{path}: not a recipe that this train.py knows (it has {unknown[0]!r})")
+    return SimpleNamespace(**stored["args"]), SimpleNamespace(**stored["recipe"])
+
+
+def tested_on(run):
+    """Of the files that a run was tested on, by folder and name: {"de/test.json": …}, wherever the data lay."""
+    path = os.path.join(run, "args.json")
+    stored = files.expect(files.read_json(path), "fingerprints", dict, path)
+    return {"/".join(file.split(os.sep)[-2:]): fingerprint for file, fingerprint in stored.items()
+            if os.path.basename(file).startswith("test.")}
 
 
 def read_results(run):
@@ -430,11 +445,22 @@ def read_results(run):
         raise InputError(
             f"{run}: this run is not finished (no results.json); go on with it: train.py ... --run {run} --resume")
     results = files.read_json(path)
-    task = files.expect(results, "task", str, path)
-    for language, scores in files.expect(results, "languages", dict, path).items():
-        for metric, _ in headline(task):
-            files.expect(scores, metric, (int, float), f"{path}, {language}")
+    check_fields(results, {"task": ARGS["task"]}, path)
+    check_languages(results, results["task"], path)
     return results
+
+
+def check_languages(results, task, where):
+    """-> the scores by language in `results`. InputError unless they are as `evaluate` gives them."""
+    languages = files.expect(results, "languages", dict, where)
+    checks = {metric: PERCENT for metric, _ in headline(task)}
+    checks |= {"accuracy_labelled": optional(PERCENT)} if task == "xvnli" else {}
+    for language, scores in languages.items():
+        check_fields(scores, checks, f"{where}, {language}")
+        types = {} if task == "xflickrco" else files.expect(scores, "by_type", dict, f"{where}, {language}")
+        for name, part in types.items():
+            check_fields(part, {"accuracy": PERCENT, "n": COUNT}, f"{where}, {language}, type {name}")
+    return languages
 
 
 def load_weights(path, args, device, **options):
@@ -493,6 +519,10 @@ def compare(run_a, run_b, draws=10000):
     if args_a.task != args_b.task:
         raise InputError(f"{run_a} is a run on {args_a.task}, {run_b} one on {args_b.task}: nothing to compare")
     results = read_results(run_a)["languages"], read_results(run_b)["languages"]
+    tested = tested_on(run_a), tested_on(run_b)
+    if different := [file for file in tested[0] if file in tested[1] and tested[0][file] != tested[1][file]]:
+        raise InputError(f"{run_a} and {run_b} were tested on different data (their {different[0]} are not the same): "
+                         "train one of them again")
     languages = [language for language in results[0] if language in results[1]]
     if not languages:
         raise InputError(f"{run_a} and {run_b} have no language in common")
@@ -503,10 +533,10 @@ def compare(run_a, run_b, draws=10000):
         lines = [(language, *(result[language][name] for result in results), low[i], high[i])
                  for i, language in enumerate(languages)]
         others = [i for i, language in enumerate(languages) if language != "en"]
-        if others:
+        if len(others) > 1:
             low, high = paired_bootstrap(outcomes, draws, others)
             means = (sum(result[languages[i]][name] for i in others) / len(others) for result in results)
-            lines.append((f"mean of {len(others)} others", *means, low, high))
+            lines.append((name_of_mean(args_a.task, [languages[i] for i in others]), *means, low, high))
         width = max(len(line[0]) for line in lines)
         print(f"{heading:{width}}       A       B   B - A   95 % interval")
         for label, a, b, low_end, high_end in lines:
@@ -516,10 +546,12 @@ def compare(run_a, run_b, draws=10000):
 def paired_outcomes(run_a, run_b, args, language, metric):
     """-> (clusters [n], B right minus A right [n]): the image of every scored item, and -1, 0 or 1."""
     paths = [os.path.join(run, "predictions", f"{language}.json") for run in (run_a, run_b)]
-    a, b = (outcomes_of(files.read_json(path), args, language, metric, path) for path in paths)
+    a, b = (outcomes_of(read_predictions(path), args, language, metric, path) for path in paths)
     if a.keys() != b.keys():
-        raise InputError(
-            f"{paths[1]}: predicts other items than {paths[0]}; runs on the same test data can be compared")
+        limits = [read_run(run)[0].limit for run in (run_a, run_b)]
+        one, other = ("without --limit" if limit is None else f"with --limit {limit}" for limit in limits)
+        why = f"one was run {one}, the other {other}" if one != other else "runs on the same test data can be compared"
+        raise InputError(f"{paths[1]}: predicts other items than {paths[0]}; {why}")
     images = {image for image, _ in a.values()}
     number = {image: i for i, image in enumerate(sorted(images))}
     return (np.array([number[image] for image, _ in a.values()]),
@@ -528,19 +560,34 @@ def paired_outcomes(run_a, run_b, args, language, metric):
 
 def outcomes_of(predictions, args, language, metric, path):
     """Predictions file -> {item: (image, 1 if right else 0)}."""
-    if not isinstance(predictions, list) or not predictions or not all(isinstance(one, dict) for one in predictions):
-        raise InputError(f"{path}: expected a list of predictions that train.py wrote")
     if args.task == "xflickrco":
         kind = "image" if metric.startswith("text") else "text"
-        ranked = {files.expect(entry, kind, str, path): files.expect(entry, "rank", int, path)
-                  for entry in predictions if kind in entry}
+        some = [(number, entry) for number, entry in enumerate(predictions) if kind in entry]
+        ranked = by_id(some, kind, "rank", int, path)
         return {item: (item.split("#")[0], int(rank == 0)) for item, rank in ranked.items()}
     _, records = data.read_records(args.data, args.task, "test", language)
-    key = "questionId" if args.task == "xgqa" else "id"
-    predicted = {files.expect(entry, key, str, path): files.expect(entry, "prediction", str, path)
-                 for entry in predictions}
+    predicted = by_id(enumerate(predictions), "questionId" if args.task == "xgqa" else "id", "prediction", str, path)
     return {record.id: (record.image, int(predicted[record.id] in (record.answers or [record.label])))
             for record in records if record.id in predicted}
+
+
+def read_predictions(path):
+    predictions = files.read_json(path)
+    if not isinstance(predictions, list) or not predictions or not all(isinstance(one, dict) for one in predictions):
+        raise InputError(f"{path}: expected a list of predictions that train.py wrote")
+    return predictions
+
+
+def by_id(predictions, key, field, kind, path):
+    """[(number, prediction)] of a file -> {its `key`: its `field`}. InputError for an id that stands there twice."""
+    found = {}
+    for number, entry in predictions:
+        where = f"{path}, entry {number}"
+        name = files.expect(entry, key, str, where)
+        if name in found:
+            raise InputError(f"{where}: {key} {name!r} stands there a second time")
+        found[name] = files.expect(entry, field, kind, where)
+    return found
 
 
 def paired_bootstrap(outcomes, draws, mean_of=None, seed=0):
@@ -576,21 +623,22 @@ def score_file(predictions, truth):
     if not isinstance(loaded, list):
         raise InputError(f"{predictions}: expected a list of {{\"questionId\", \"prediction\"}}, found "
                          f"{type(loaded).__name__}")
-    predicted = {}
-    for number, entry in enumerate(loaded):
-        where = f"{predictions}, entry {number}"
-        predicted[files.expect(entry, "questionId", str, where)] = files.expect(entry, "prediction", str, where)
+    predicted = by_id(enumerate(loaded), "questionId", "prediction", str, predictions)
     records = data.read_gqa(truth)
     if not records:
         raise InputError(f"{truth}: no records")
-    known = {record.id for record in records}
+    known = set()
+    for record in records:
+        if record.id in known:
+            raise InputError(f"{truth}: question {record.id} stands there a second time")
+        known.add(record.id)
     for count, what in ((len(known - predicted.keys()), "questions have no prediction and count as wrong"),
                         (len(predicted.keys() - known), "predictions are about other questions and are left out")):
         if count:
             print(f"{count:,} {what}")
     scores = score_answers(records, [predicted.get(record.id) for record in records])
     for name, part in {"all": scores, **scores["by_type"]}.items():
-        print(f"{name:8}  {part['accuracy']:.10f} %  ({round(part['accuracy'] * part['n'] / 100)} of {part['n']})")
+        print(f"{name:8}  {part['accuracy']:6.2f} %  ({round(part['accuracy'] * part['n'] / 100)} of {part['n']})")
 
 
 def main(argv=None):

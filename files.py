@@ -9,11 +9,13 @@ import codecs
 import contextlib
 import io
 import json
+import math
 import os
 import pickle
 import re
 import reprlib
 import shutil
+import stat
 import warnings
 
 import numpy as np
@@ -32,9 +34,16 @@ def one_line(message):
     return message if len(message) <= 1000 else f"{message[:900]} … {message[-97:]}"
 
 
+def at_once(path, flags):
+    """Opener of `read_bytes`: opening a named pipe would wait for whoever writes to it, perhaps forever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither
+
+
 def read_bytes(path):
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # devices have no end
+                raise InputError(f"{path}: a pipe or a device; copy what comes out of it to a file and name that")
             return file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -93,7 +102,13 @@ class PickledArray(list):
 
     def __setstate__(self, state):
         _, shape, kind, columns_first, content = state
+        if self:  # or an array of objects could be filled with itself, twice as large each time
+            raise InputError("fills an array that has its content already")
+        if not isinstance(shape, list) or len(shape) > 2 or any(type(n) is not int or n < 0 for n in shape):
+            raise InputError(f"holds an array of shape {shorten(shape)}; at most two dimensions are accepted")
         if kind.code.startswith("O"):  # an array of Python objects comes as a list of them
+            if not isinstance(content, list) or len(content) != math.prod(shape):
+                raise InputError(f"holds an array of objects that does not fill its shape {shorten(shape)}")
             self.extend(content)
         else:
             values = np.frombuffer(raw_bytes(content), kind.dtype()).reshape(shape, order="F" if columns_first else "C")
@@ -104,14 +119,15 @@ class PickledType:
     """The type of such an array: a letter, a width and a byte order."""
 
     def __init__(self, code, *_):
-        self.code, self.order = str(code), "<"
+        self.code, self.order = code, "<"
 
     def __setstate__(self, state):
-        self.order = str(state[1])
+        self.order = state[1]
 
     def dtype(self):
         if not re.fullmatch("b1|[iu][1248]|f[248]", self.code) or self.order not in ("<", ">", "|", "="):
-            raise InputError(f"holds an array of type {self.order}{self.code}; only arrays of numbers are accepted")
+            raise InputError(f"holds an array of type {shorten(self.order)} {shorten(self.code)}; only arrays of "
+                             "numbers are accepted")
         return np.dtype(self.order + self.code)
 
 
@@ -138,6 +154,19 @@ class PlainUnpickler(pickle._Unpickler):
     become lists, so no key of a dict can be one.
     """
 
+    def __init__(self, content):
+        super().__init__(io.BytesIO(content), encoding="latin-1")
+        self.left = 2 * len(content)
+
+    def spend(self, count):
+        """Count the elements of arrays and the bytes made of text: each takes a byte of a sound file.
+
+        A file that uses its bytes again and again could fill the memory.
+        """
+        self.left -= count
+        if self.left < 0:
+            raise InputError("makes more of its bytes than a file of arrays does")
+
     def find_class(self, module, name):
         if (module, name) not in REBUILT:
             raise InputError(f"refers to {module}.{name}; "
@@ -149,12 +178,16 @@ class PlainUnpickler(pickle._Unpickler):
         if function not in (PickledType, PickledArray, pickled_number, raw_bytes):
             raise InputError("calls what is not the constructor of an array")
         self.stack[-1] = function(*arguments)
+        if function is raw_bytes:
+            self.spend(len(self.stack[-1]))
 
     def set_state(self):
         target, state = self.stack[-2], self.stack.pop()
         if not isinstance(target, (PickledArray, PickledType)):
             raise InputError("sets the state of what is not an array")
         target.__setstate__(state)
+        if isinstance(target, PickledArray):
+            self.spend(math.prod(state[1]))
 
     def collect_marked(self):
         marked = self.pop_mark()
@@ -178,7 +211,7 @@ class PlainUnpickler(pickle._Unpickler):
 def unpickle(content, where):
     """bytes of a pickle -> plain Python (see `PlainUnpickler`); InputError for anything else in it."""
     try:
-        return PlainUnpickler(io.BytesIO(content), encoding="latin-1").load()
+        return PlainUnpickler(content).load()
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except Exception as error:  # a damaged pickle can raise anything
@@ -294,6 +327,18 @@ def write(path, save):
     finally:
         with contextlib.suppress(OSError):  # it has been renamed, or was never there
             os.remove(part)
+    if os.name == "posix":  # Windows opens no folders
+        sync_folder(os.path.dirname(path) or ".")
+
+
+def sync_folder(path):
+    """Force a folder to disk, without which a power cut could undo a rename in it."""
+    with contextlib.suppress(OSError):  # some network file systems cannot; the files in it are complete all the same
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path, content):

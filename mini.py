@@ -32,6 +32,7 @@ import mini_pretrain
 import mini_show
 import mini_world
 from files import InputError
+from mini_world import WORLD_SEED
 from model import file_tensors
 from processes import accelerator
 
@@ -39,9 +40,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 WORLD = os.path.join(HERE, "mini_data")  # written on first use
 SHIPPED = os.path.join(HERE, "miniature")  # tokenizer.model, cclm.pt, uc2.pt
 DEFAULT_RUNS = ["runs/cclm-xgqa-standard-seed0", "runs/cclm-xgqa-suf-seed0"]  # of --show
-# Whatever the seed of pre-training. Every choice was made on the world of seed 0; that of seed 1, which the README's
-# numbers are from, was drawn after the last one.
-TOKENIZER_SEED, WORLD_SEED = 0, 1
+TOKENIZER_SEED = 0  # as the world's, whatever the seed of pre-training
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What train.py asks for
@@ -62,20 +61,24 @@ def write_world(folder, size):
     """The world as IGLUE's files. One that is there already is kept, unless another version of the code wrote it."""
     mark = os.path.join(folder, "made_by.txt")
     code = b"".join(files.read_bytes(module.__file__) for module in (mini_world, mini_languages))
-    version = f"{size} {WORLD_SEED} {hashlib.sha256(code).hexdigest()}\n"
+    version = f"{size} {WORLD_SEED} {hashlib.sha256(code).hexdigest()}\n".encode()
+    unfinished = f"{folder}.{os.getpid()}"
     if os.path.isfile(mark):
-        if files.read_bytes(mark).decode() == version:
+        if files.read_bytes(mark) == version:
             return
         print(f"{folder}: of another size or by another version of mini_world.py; writing it anew", flush=True)
-        shutil.rmtree(folder)
+        with contextlib.suppress(FileNotFoundError):  # another process has just done the same
+            os.rename(folder, unfinished)
+            shutil.rmtree(unfinished)
     elif os.path.exists(folder):
         raise InputError(f"{folder}: not a world of the miniature; move it away, the miniature's is written there")
-    unfinished = f"{folder}.{os.getpid()}"
     try:
         mini_world.write_world(unfinished, WORLD_SEED, size, progress=functools.partial(tqdm, dynamic_ncols=True))
-        files.write(os.path.join(unfinished, "made_by.txt"), lambda file: file.write(version.encode()))
+        files.write(os.path.join(unfinished, "made_by.txt"), lambda file: file.write(version))
         os.rename(unfinished, folder)
     except OSError as error:
+        if os.path.isfile(mark) and files.read_bytes(mark) == version:  # another process was faster
+            return
         raise InputError(f"{folder}: cannot write the miniature's world there ({error.strerror})") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

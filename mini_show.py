@@ -13,6 +13,7 @@ import data
 import eval as evaluation
 import files
 from files import InputError
+from run_folder import fingerprint
 
 LANGUAGES = ("en", "de", "ru", "zh", "ko", "bn")
 FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansBengali-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "msyh.ttc",
@@ -25,10 +26,10 @@ INK, GREY, RIGHT, WRONG = (20, 20, 20), (130, 130, 130), (20, 120, 40), (190, 40
 
 def contact_sheet(world, tokenizer, runs, path):
     """Write a PNG. runs: folders of two finished xGQA runs on the miniature. InputError for anything else."""
-    answers, results = [read_answers(run) for run in runs], [evaluation.read_results(run) for run in runs]
-    titles = [f"{result['model']} {result['strategy']}" for result in results]
-    records = {language: {record.id: record for record in data.read_records(world, "xgqa", "test", language)[1]}
-               for language in LANGUAGES}
+    read = {language: data.read_records(world, "xgqa", "test", language) for language in LANGUAGES}
+    shown = {f"{language}/{os.path.basename(source)}": fingerprint(source) for language, (source, _) in read.items()}
+    answers, titles = zip(*(read_answers(run, shown) for run in runs))
+    records = {language: {record.id: record for record in some} for language, (_, some) in read.items()}
     chosen = choose(records["en"], answers)
     normalizer = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
     fonts = {language: font_for("".join(r.text for r in list(records[language].values())[:200]))
@@ -65,16 +66,20 @@ def contact_sheet(world, tokenizer, runs, path):
     files.write(path, lambda file: sheet.save(file, "PNG", optimize=True))
 
 
-def read_answers(run):
-    """language -> {question id: answer} of a finished run. InputError where it has none for a language."""
-    found = {}
-    for language in LANGUAGES:
-        path = os.path.join(run, "predictions", f"{language}.json")
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file; --show needs two finished xGQA runs on the miniature: "
-                             "python train.py --model cclm --task xgqa, and the same with --suf")
-        found[language] = {entry["questionId"]: entry["prediction"] for entry in files.read_json(path)}
-    return found
+def read_answers(run, shown):
+    """-> ({language: {question id: answer}}, title) of a finished run.
+
+    InputError unless it was tested on the files that are shown, by fingerprint.
+    """
+    args, results = evaluation.read_run(run)[0], evaluation.read_results(run)
+    tested = evaluation.tested_on(run)
+    if args.task != "xgqa" or any(tested.get(name) != digest for name, digest in shown.items()):
+        raise InputError(f"{run}: not a run on the miniature's xGQA as it is now; --show needs two of them: "
+                         "python train.py --model cclm --task xgqa, and the same with --suf")
+    paths = {language: os.path.join(run, "predictions", f"{language}.json") for language in LANGUAGES}
+    answers = {language: evaluation.by_id(enumerate(evaluation.read_predictions(path)), "questionId", "prediction", str,
+                                          path) for language, path in paths.items()}
+    return answers, f"{args.model} {files.expect(results, 'strategy', str, run)}"
 
 
 def choose(english, answers):

@@ -207,6 +207,11 @@ def read_checkpoint(path):
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not torch.is_tensor(tensor):
             raise ValueError(f"{path}: entry {reprlib.repr(name)} is not a tensor")
+        # a small file could claim a tensor of any shape, and the model would be made as large
+        if (tensor.layout != torch.strided or tensor.device.type != "cpu"
+                or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()):
+            raise ValueError(f"{path}: tensor {name[:100]!r} of shape {reprlib.repr(list(tensor.shape))} has not a "
+                             "number of its own for every element; expected dense tensors, saved in full")
     return tensors, config if isinstance(config, dict) else {}
 
 
@@ -243,14 +248,17 @@ def shape_of(tensors, name, dimensions, source, kind):
     return shape
 
 
+MAX_SIZE = 1 << 16  # what a config claims, no tensor of the file bears out; the largest in use are 512 positions
+
+
 def size_of(config, name, default, source, parts_of=None):
-    """A size that a checkpoint's config may give: a positive int, and one that divides
+    """A size that a checkpoint's config may give: a positive int up to MAX_SIZE, and one that divides
     `parts_of`; ValueError for anything else.
     """
     size = config.get(name, default)
-    if type(size) is not int or size < 1 or parts_of is not None and parts_of % size:
-        raise ValueError(f"{source}: the config's {name} is {reprlib.repr(size)}, expected a positive number"
-                         + (f" that divides {parts_of}" if parts_of else ""))
+    if type(size) is not int or not 1 <= size <= MAX_SIZE or parts_of is not None and parts_of % size:
+        raise ValueError(f"{source}: the config's {name} is {reprlib.repr(size)}, expected a number from 1 to "
+                         f"{MAX_SIZE:,}" + (f" that divides {parts_of}" if parts_of else ""))
     return size
 
 

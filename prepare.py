@@ -265,11 +265,12 @@ def check_records(report, task, split, language, shots, records, labels):
         published = f" (published: {WITHOUT_LABEL})" if split == "test" and without != WITHOUT_LABEL else ""
         add("note", f"{without:,} of {len(records):,} statements have no gold label ('-'){published}: {effect}, CCLM "
                     "leaves them out")
-    if shots and shots.isdigit() and len(images) != int(shots):
+    shot_images = int(shots) if shots and re.fullmatch("[0-9]+", shots) else None
+    if shot_images is not None and len(images) != shot_images:
         add("note", f"a shot is an image, but there are {len(images):,}")
     expected = PUBLISHED.get((task, shots or split), (None, None))
-    if task == "xflickrco" and shots and shots.isdigit():  # one caption of each image
-        expected = (int(shots), int(shots))
+    if task == "xflickrco" and shot_images is not None:  # one caption of each image
+        expected = (shot_images, shot_images)
     if not (is_published(len(records), expected[0]) and is_published(len(images), expected[1])):
         add("note", f"{len(records):,} {UNITS[task]} on {len(images):,} images (published: "
                     f"{published_text(*expected)})")
@@ -302,6 +303,11 @@ def check_questions(add, split, records, labels):
     if split == "test" and len(records) == TEST_DEV:
         add("note", f"{TEST_DEV:,} questions are all of test-dev; published scores are of a part, the few-shot "
                     "folder's test.json")
+    without = [record.id for record in records if not record.answers]
+    if without:
+        nothing_to_learn = len(without) == len(records) and split in ("train", "few-shot")
+        add("error" if nothing_to_learn else "note",
+            f"{len(without):,} of {len(records):,} questions have no answer (such as {without[0]})")
     known = set(labels or ())
     unknown = [(record.id, answer) for record in records for answer in record.answers if labels and answer not in known]
     if unknown:
@@ -644,14 +650,28 @@ def read_h5(file, keys, path):
         for key in keys:
             where = f"{path}, image {files.shorten(key)}"
             try:
-                group = file[key]
-                features, boxes = (np.asarray(group[name][()]) for name in ("features", "boxes"))
-                width, height = (np.asarray(group[name][()]).item() for name in ("img_w", "img_h"))
+                group = member(file, key)
+                features, boxes = (np.asarray(member(group, name)[()]) for name in ("features", "boxes"))
+                width, height = (np.asarray(member(group, name)[()]).item() for name in ("img_w", "img_h"))
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
             except KeyError as error:
                 raise InputError(f"{where}: expected features, boxes, img_w and img_h ({error.args[0]})") from None
             except Exception as error:
                 raise InputError(f"{where}: cannot be read ({type(error).__name__})") from None
             yield Detections(key, features, boxes, width, height, where)
+
+
+def member(group, name):
+    """A group or dataset of an H5 file. InputError where it is elsewhere: a file could make others be read."""
+    import h5py
+
+    if isinstance(group.get(name, getlink=True), (h5py.ExternalLink, h5py.SoftLink)):
+        raise InputError(f"{name} is a link; only data that the file itself holds are read")
+    found = group[name]
+    if isinstance(found, h5py.Dataset) and (found.external or found.is_virtual):
+        raise InputError(f"the data of {name} are in another file; only data that the file itself holds are read")
+    return found
 
 
 MAX_LINE = 1 << 26  # bytes; a line of 100 regions of width 2,048 has 1.1 million
@@ -701,8 +721,11 @@ def read_npy_pair(path):
     boxes = files.expect(info, "bbox", list, where)
     width, height = (files.expect(info, name, (int, float), where) for name in ("image_width", "image_height"))
     try:
+        # looked at before numpy does: lists of a pickle that hold one another would become an endless array
+        if not all(isinstance(box, list) and len(box) == 4 and set(map(type, box)) <= {int, float} for box in boxes):
+            raise ValueError
         boxes = np.array(boxes, dtype=np.float32)
-    except (ValueError, TypeError):
+    except (ValueError, OverflowError):
         raise InputError(f"{where}: 'bbox' must be an array of numbers") from None
     return Detections(os.path.basename(stem), files.map_array(path), boxes, width, height, path)
 

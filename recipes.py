@@ -8,9 +8,10 @@ overrides both; `recipe_of` tells what is not the paper's.
 import argparse
 import math
 import os
-from dataclasses import dataclass, fields, replace
+import sys
+from dataclasses import dataclass, replace
 
-from files import InputError
+from files import InputError, shorten
 
 
 @dataclass(frozen=True)
@@ -61,29 +62,97 @@ FEW_SHOT_BATCH = {  # IGLUE's batch sizes: (up to so many shots, batch size)
 }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks of what a file brings: (what is expected, whether a value is it)
+
+
+def whole(least, most=math.inf):
+    expected = f"a whole number of at least {least}" + (f" and at most {most:,}" if most < math.inf else "")
+    return expected, lambda value: type(value) is int and least <= value <= most  # and not bool
+
+
+def number(expected, holds):
+    return expected, lambda value: type(value) in (int, float) and holds(value)
+
+
+def numbers(expected, lengths, each):
+    return expected, lambda value: (isinstance(value, (list, tuple)) and len(value) in lengths
+                                    and all(each[1](one) for one in value))
+
+
+def one_of(*values):
+    return f"one of {', '.join(map(repr, values))}", lambda value: isinstance(value, str) and value in values
+
+
+def optional(check):
+    return f"{check[0]}, or none", lambda value: value is None or check[1](value)
+
+
+FINITE = sys.float_info.max
+COUNT = whole(1, 10**6)
+POSITIVE = number("a positive number", lambda value: 0 < value <= FINITE)
+PROBABILITY = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
+YES_NO = ("true or false", lambda value: type(value) is bool)
+TOKENS = optional(whole(3, 10**6))  # <s>, a piece of the text, </s>
+CHECKS = {  # of every field of a recipe
+    "epochs": COUNT,
+    "batch_size": COUNT,
+    "lr": POSITIVE,
+    "vision_lr": optional(POSITIVE),
+    "embedding_lr": optional(POSITIVE),
+    "weight_decay": number("a number from 0", lambda value: 0 <= value <= FINITE),
+    "warmup": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "suf_k": COUNT,
+    "betas": numbers("two numbers from 0 to below 1", (2,), PROBABILITY),
+    "eps": POSITIVE,
+    "clip": optional(POSITIVE),
+    "dropout": PROBABILITY,
+    "drop_path": PROBABILITY,
+    "image_size": whole(1, 4096),
+    "augment": YES_NO,
+    "few_shot_epochs": COUNT,
+    "few_shot_lrs": numbers("1 to 100 positive numbers", range(1, 101), POSITIVE),
+    "micro_batch": COUNT,
+    "clean": one_of("", "question", "caption"),
+    "train_words": optional(COUNT),
+    "test_words": optional(COUNT),
+    "train_tokens": TOKENS,
+    "test_tokens": TOKENS,
+}
+
+
+def check_fields(record, checks, where):
+    """InputError unless `record` is a dict with every field of `checks`, each as it says."""
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected an object, found {type(record).__name__}")
+    for name, (expected, holds) in checks.items():
+        if name not in record:
+            raise InputError(f"{where}: no field {name!r}")
+        if not holds(record[name]):
+            raise InputError(f"{where}: {name} is {shorten(record[name])}, expected {expected}")
+
+
 def recipe_of(args, config):
     """The paper's recipe, changed by the checkpoint's own, changed by the flags.
 
-    -> (recipe, what is not the paper's).
+    -> (recipe, what of it that this run uses is not the paper's).
     """
     paper = RECIPES[args.model, args.task]
-    known = {field.name: field.type for field in fields(Recipe)}
     recipes = config.get("recipe", {})
     own = recipes.get(args.task, {}) if isinstance(recipes, dict) else recipes
+    where = f"{args.checkpoint}: the recipe it brings"
     if not isinstance(own, dict):
-        raise InputError(f"{args.checkpoint}: the recipe it brings is no dict by task of dicts")
-    for name, value in own.items():
-        if name not in known:
-            raise InputError(f"{args.checkpoint}: the recipe it brings has an unknown entry {name!r}")
-        if not isinstance(value, known[name]) and not (known[name] != int and isinstance(value, (int, list))):
-            raise InputError(f"{args.checkpoint}: the recipe it brings has {name} = {value!r}, which is not a "
-                             f"{known[name]}")
-        if isinstance(value, (int, float)) and (not 0 <= value < math.inf or value == 0 and known[name] is int):
-            raise InputError(
-                f"{args.checkpoint}: the recipe it brings has {name} = {value!r}, expected a positive number")
-    flags = {name: getattr(args, name) for name in known if getattr(args, name, None) is not None}
+        raise InputError(f"{where} is no dict by task of dicts")
+    if unknown := [name for name in own if name not in CHECKS]:
+        raise InputError(f"{where} has an unknown entry {unknown[0]!r}")
+    check_fields(own, {name: CHECKS[name] for name in own}, where)
+    flags = {name: getattr(args, name) for name in CHECKS if getattr(args, name, None) is not None}
     recipe = replace(paper, **own | flags)
-    source = {name: "flag" if name in flags else "checkpoint" for name in own | flags}
+    sees = args.model == "cclm"  # UC2 reads region features
+    used = {"suf_k": args.suf is True, "few_shot_epochs": args.few_shot, "few_shot_lrs": args.few_shot,
+            "image_size": sees, "augment": sees, "drop_path": sees, "vision_lr": sees}
+    source = {name: "flag" if name in flags else "checkpoint" for name in own | flags if used.get(name, True)}
+
     def shown(value):
         return f"{value:.3g}" if isinstance(value, float) else "as lr" if value is None else str(value)
 

@@ -155,7 +155,8 @@ def write_csv(table, path):
 def draw(table, path):
     """Draw a table's panels side by side, as PNG. -> whether it could: a line says that matplotlib is not installed.
 
-    A panel is {"title", "lines": {label: (x, y)}, "x": label of the axis}, or {"title", "labels", "matrix"} in percent.
+    A panel is {"title", "lines": {label: (x, y)}, "x", "y": labels of the axes}, or {"title", "labels", "matrix"} in
+    percent.
     """
     try:
         import matplotlib
@@ -181,7 +182,7 @@ def draw(table, path):
         axis.axis("off")
     if values:
         figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    figure.suptitle(table.title, fontsize=12)
+    figure.suptitle(table.title, fontsize=12, wrap=True)
     files.write(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     pyplot.close(figure)
     return True
@@ -193,6 +194,7 @@ def draw_lines(axis, panel):
         axis.plot(x, y, marker="o", markersize=4, label=name, **style)
     axis.set_xticks(sorted({number for x, _ in panel["lines"].values() for number in x}))
     axis.set_xlabel(panel["x"])
+    axis.set_ylabel(panel["y"])
     axis.grid(alpha=0.3)
 
 

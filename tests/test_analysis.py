@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import mini_world
 import probe
 import recipes
 import reproduce
+import tables
 import train
 from analysis import at_english
 from model import read_checkpoint
@@ -249,6 +251,53 @@ def test_curves_and_equal_english(edited, tmp_path):
             float(row["it there"])) == pytest.approx(((60 + 50) / 2, (42 + 32) / 2, (52 + 42) / 2))
     assert float(row["difference"]) == pytest.approx(10)
     assert float(row["difference after the last epoch"]) == pytest.approx(12)
+
+
+@pytest.mark.parametrize("epoch", ["[1]", '"x"', "null", "1e999", "true", "99", "0", "1.5"])
+def test_log_of_an_epoch_that_is_none(epoch, edited, capsys):
+    log = edited({"cclm-xgqa-standard-seed0": [(50, 44), (70, 40)]}) / "cclm-xgqa-standard-seed0" / "log.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([*lines, json.dumps(json.loads(lines[-1]) | {"epoch": "@"}).replace('"@"', epoch)]))
+    error = refused(capsys, "curves", log.parent)
+    assert f"log.jsonl, line {len(lines) + 1}" in error
+
+
+@pytest.mark.parametrize("accuracy", ["1" + 400 * "0", "1e999", "-1", "1000"])
+def test_log_with_numbers_that_are_no_percentages(accuracy, edited, capsys):
+    log = edited({"cclm-xgqa-standard-seed0": [(50, 44), (70, 40)]}) / "cclm-xgqa-standard-seed0" / "log.jsonl"
+    log.write_text(log.read_text().replace('"accuracy": 44', f'"accuracy": {accuracy}'))
+    assert "log.jsonl, line " in refused(capsys, "curves", log.parent)
+
+
+def test_pictures_say_what_is_drawn(edited, capsys):
+    """The miniature, the number of seeds, and arms that differ in it."""
+    numbers = {f"cclm-xgqa-{name}-seed{seed}": [(50, 44), (70, 40)] for name in ("standard", "suf") for seed in (0, 1)}
+    folder = edited(numbers | {"cclm-xgqa-decay0.88-seed0": [(60, 30)]})
+    for path in folder.glob("*/args.json"):
+        stored = read(path)
+        path.write_text(json.dumps(stored | {"args": stored["args"] | {"miniature": True}}))
+    runs = analysis.find_runs([folder])
+    both = [run for run in runs if run.strategy != "decay0.88"]
+    curves, equal = analysis.curves(both)
+    assert curves.title == "Figure 2: CCLM on xGQA, accuracy after each epoch, miniature, 2 seeds"
+    assert equal.title.endswith("at equal English, miniature")
+    assert [(panel["title"], panel["y"]) for panel in curves.panels] == [("standard", "accuracy (%)"),
+                                                                         ("SUF", "accuracy (%)")]
+    curves = analysis.curves(both[:-1])[0]
+    assert curves.title.endswith(", miniature")
+    assert [panel["title"] for panel in curves.panels] == ["standard (2 seeds)", "SUF (1 seed)"]
+    assert analysis.curves(both[::2])[0].title.endswith(", miniature")  # a seed of each
+    types = analysis.types(runs)[0]
+    assert types.title.endswith("(drawn: mean of the others), miniature")
+    assert list(types.panels[0]["lines"]) == ["standard (2 seeds)", "SUF (2 seeds)", "layer-wise decay 0.88 (1 seed)"]
+    arms = {"standard": {0: 1, 1: 1}, "decay0.9": {0: 1}, "decay0.8": {0: 1, 1: 1}}
+    [panel] = analysis.decay_panels(dict.fromkeys(arms, 50.0), arms, "accuracy (%)")
+    assert list(panel["lines"]) == ["layer-wise decay (1 to 2 seeds)", "standard (2 seeds)"]
+    table = analysis.tables(runs)
+    assert [one.title for one in table] == ["Table 1: English, and the mean of the other languages, miniature",
+                                            "Table 5: xGQA by language, miniature"]
+    tables.draw_lines(axis := MagicMock(), panel)
+    axis.set_ylabel.assert_called_once_with("accuracy (%)")
 
 
 def test_types(runs, tmp_path):

@@ -257,6 +257,21 @@ def test_scores_under_bf16_do_not_tie():
     assert len(scores.unique()) > 450
 
 
+def test_an_answer_of_no_weight_teaches_nothing():
+    """What data.py gives for a batch in which no question has an answer; otherwise such questions count in the mean."""
+    torch.manual_seed(0)
+    model = cclm.CCLM(SMALL, "xgqa", dropout=0.0, drop_path=0.0)
+    batch = {"images": torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8),
+             "input_ids": torch.tensor([[0, 5, 6, 2], [0, 8, 9, 2]]), "answer_ids": torch.tensor([[0, 4, 2]]),
+             "attention_mask": torch.ones(2, 4, dtype=torch.long), "answer_question": torch.tensor([0])}
+    first = {name: tensor[:1] for name, tensor in batch.items()}
+    one, alone, none = (model(inputs | {"answer_weight": torch.tensor([weight])})
+                        for inputs, weight in ((batch, 1.0), (first, 1.0), (batch, 0.0)))
+    assert torch.allclose(one, alone / 2) and none == 0
+    none.backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
 def test_texts_sharing_images_share_their_loss():
     """Questions over fewer images, each encoded once: the loss and gradients of the ungrouped batch."""
     torch.manual_seed(0)

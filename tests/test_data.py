@@ -5,6 +5,7 @@ the file. What it may not do: raise anything else, run code, reach files outside
 something that is not well-formed (see `test_mutations`).
 """
 
+import codecs
 import copy
 import io
 import json
@@ -230,12 +231,33 @@ def test_missing_file_names_what_was_looked_for(tmp_path):
 
 
 def test_files_beyond_the_memory(tmp_path, monkeypatch):
-    def no_memory(path, mode):
+    def no_memory(path, mode, opener):
         raise MemoryError
 
     monkeypatch.setattr(files, "open", no_memory, raising=False)
     with pytest.raises(InputError, match="file: too large to read"):
         files.read_bytes(tmp_path / "file")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_only_files_are_read(kind, tmp_path):
+    """A pipe that nobody writes to would keep a reader waiting, a device would never end."""
+    path = tmp_path / "file"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    for read in (files.read_bytes, files.read_json, files.read_pickle, data.Tokenizer, data.read_image):
+        assert_refused(read, path, path, "a pipe or a device")
+    assert_refused(read_checkpoint, path, path)
+    assert_refused(files.map_array, path, path)
+
+
+def test_a_rename_is_forced_to_disk(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino) or sync(number))
+    files.write(tmp_path / "file", lambda file: file.write(b"complete"))
+    assert synced == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
+    monkeypatch.chdir(tmp_path)
+    files.write("file", lambda file: file.write(b"again"))
+    assert len(synced) == 4 and (tmp_path / "file").read_bytes() == b"again"
 
 
 LONG = "x" * 1_000_000
@@ -343,6 +365,59 @@ HOSTILE_PICKLES = {
 }
 
 
+class Claimed:
+    """Is pickled as a numpy array of this shape, type and content, whether they fit or not."""
+
+    def __init__(self, shape, kind, content):
+        self.shape, self.kind, self.content = shape, kind, content
+
+    def __reduce__(self):
+        return np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, self.shape, self.kind, False, self.content)
+
+
+class Call:
+    """Is pickled as a call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def doubled(times):
+    """An array of objects that is filled with [1], and then again and again with itself."""
+    array, kind = b"cnumpy.core.multiarray\n_reconstruct\n)Rq\x01", b"cnumpy\ndtype\nX\x02\0\0\0O8\x85Rq\x02"
+    fill = b"(K\x01K\x01\x85%s\x89%stb"
+    return b"\x80\x02" + array + fill % (kind, b"]K\x01a") + times * (fill % (b"h\x02", b"h\x01")) + b"."
+
+
+def nested_twice(depth):
+    return [] if depth == 0 else 2 * [nested_twice(depth - 1)]
+
+
+OBJECTS, BYTES, ITSELF = np.dtype(object), np.dtype(np.uint8), Claimed((1,), np.dtype(object), None)
+ITSELF.content, SHARED, TEXT = ITSELF, b"a" * 1000, "a" * 1000
+LARGE_PICKLES = {  # name -> (what would fill the memory if it were written a little larger, part of the message)
+    "array of itself": ([ITSELF], "does not fill its shape [1]"),
+    "objects of a string": ([Claimed((3,), OBJECTS, "abc")], "does not fill its shape [3]"),
+    "fewer objects than places": ([Claimed((9,), OBJECTS, [1])], "does not fill its shape [9]"),
+    "shape of a list": ([Claimed(([1], 2), OBJECTS, [1, 1])], "at most two dimensions"),
+    "shape of 60 dimensions": ([Claimed(60 * (1,), BYTES, b"a")], "at most two dimensions"),
+    "type of lists": ([Claimed((1,), Call(np.dtype, (nested_twice(8),)), b"a")], "not a readable pickle"),
+    "bytes of 100 arrays": ([Claimed((1000,), BYTES, SHARED) for _ in range(100)], "makes more of its bytes"),
+    "text encoded 100 times": ([Call(codecs.encode, (TEXT, "latin1")) for _ in range(100)],
+                               "makes more of its bytes"),
+}
+
+
+@pytest.mark.parametrize("case", [*LARGE_PICKLES, "array doubled"])
+def test_pickles_stay_as_small_as_their_files(case, tmp_path):
+    content, part = LARGE_PICKLES.get(case, (None, "has its content already"))
+    path = put(tmp_path, "pickled", pickle.dumps(content, 4) if content else doubled(20))
+    assert_refused(READERS["pickled"][1], tmp_path, path, part)
+
+
 @pytest.mark.parametrize("case", HOSTILE_PICKLES)
 @pytest.mark.parametrize("name", ["pickled", "hard negatives"])
 def test_hostile_pickles(name, case, tmp_path):
@@ -434,6 +509,11 @@ def test_images_of_all_kinds(case, tmp_path, recwarn):
     for size in (8, 32):
         assert data.to_tensor(data.resize(image, size)).shape == (3, size, size)
         assert data.to_tensor(data.augment(image, size, True)).shape == (3, size, size)
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)).save(tmp_path / "1.png")
+    assert_refused(lambda folder: data.read_image(folder / "1.png"), tmp_path, "1.png", "more than 8 bits")
 
 
 def png_of(width, height):
@@ -672,6 +752,8 @@ HOSTILE_OFFSETS = {
     "image without regions": (edit("offsets.npy", with_value(0, 1)), "must start at 0"),
     "one too few": (edit("offsets.npy", lambda array: array[:-1]), "offsets.npy: int64 [4], expected int64 [5]"),
     "float": (edit("offsets.npy", lambda array: array.astype(np.float64)), "offsets.npy: float64"),
+    "more boxes than any image": (edit("meta.json", lambda meta: meta | {"boxes": 6}), 'meta.json: "boxes" is 6, but'),
+    "boxes 10^30": (edit("meta.json", lambda meta: meta | {"boxes": 10**30}), 'meta.json: "boxes" is 1000'),
     "beyond the features": (edit("offsets.npy", with_value(10**12, -1)), "features.npy: float16 [12, 6], expected"),
 }
 
@@ -770,6 +852,13 @@ CHANGED_CHECKPOINTS = {  # name -> change of (tensors, config)
         {first_matrix(tensors): tensors[first_matrix(tensors)].to(torch.complex64)}),
     "sparse": lambda tensors, config: tensors.update(
         {first_matrix(tensors): tensors[first_matrix(tensors)].to_sparse()}),
+    "positions of one number": lambda tensors, config: tensors.update(
+        {name: torch.zeros(1, 1).expand(4 * 10**9, tensor.shape[1]) for name, tensor in tensors.items()
+         if name.endswith("embeddings.position_embeddings.weight")}),
+    "positions of no memory": lambda tensors, config: tensors.update(
+        {name: torch.empty(4 * 10**9, tensor.shape[1], device="meta") for name, tensor in tensors.items()
+         if name.endswith("embeddings.position_embeddings.weight")}),
+    "heads and positions 10^30": lambda tensors, config: config.update(heads=10**30, decoder_positions=10**30),
     "variant a list": lambda tensors, config: config.update(variant=["volta"], decoder_positions=["66"]),
     "variant unknown": lambda tensors, config: config.update(variant="x", decoder_positions="66"),
     "heads a list": lambda tensors, config: config.update(heads=[2], text_heads=[2]),
@@ -1444,6 +1533,24 @@ def test_unknown_training_answers_are_named():
     with pytest.raises(InputError,
                        match=r"here, question 0: the answer 'yes' is not among the 1 labels \(6 such questions\)"):
         data.check_answers(examples, ["no"])
+
+
+def test_questions_without_an_answer():
+    """CCLM learns from the other questions of a batch, from a batch of none nothing, and from no file of none."""
+    examples, answers = make_examples(6), {"yes": [0, 7, 2], "no": [0, 8, 2]}
+    for record in examples.records[:4]:
+        record.answers = {}
+    data.check_answers(examples, ["yes", "no"])
+    some, none = (data.answer_targets(examples, answers)(indices, None) for indices in ([0, 5, 1], [0, 1]))
+    assert (some["answer_question"].tolist(), some["answer_weight"].tolist()) == ([1], [1.0])
+    assert {name: (tensor.dtype, tensor.ndim) for name, tensor in some.items()} == \
+        {name: (tensor.dtype, tensor.ndim) for name, tensor in none.items()}
+    assert none["answer_weight"].tolist() == [0.0] and 0 <= none["answer_question"].item() < 2
+    assert data.class_targets(examples, {"no": 0, "yes": 1})([0, 5], None)["targets"].tolist() == [[0, 0], [0, 1]]
+    for record in examples.records:
+        record.answers = {}
+    with pytest.raises(InputError, match="here: none of 6 questions has an answer to train on"):
+        data.check_answers(examples, ["yes", "no"])
 
 
 def test_texts_beyond_the_positions_are_named():

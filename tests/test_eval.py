@@ -129,8 +129,33 @@ def test_features_of_another_width(run, tiny, tmp_path):
 @pytest.mark.parametrize("file, edit, message", [
     ("args.json", lambda stored: {"args": {}, "recipe": {}}, "args.json, args: no field 'model'"),
     ("args.json", lambda stored: stored | {"args": []}, "args.json, args: expected an object"),
-    ("args.json", lambda stored: stored | {"recipe": {"epochs": "two"}}, "'epochs' must be int"),
-    ("args.json", lambda stored: stored["args"].update(model="bert"), "unknown model 'bert'"),
+    ("args.json", lambda stored: stored | {"recipe": []}, "args.json, recipe: expected an object"),
+    ("args.json", lambda stored: stored | {"recipe": {"epochs": 2}}, "args.json, recipe: no field 'batch_size'"),
+    ("args.json", lambda stored: stored["recipe"].update(speed=1), "args.json: not a recipe that this train.py knows"),
+    ("args.json", lambda stored: stored["args"].__delitem__("miniature"), "args.json, args: no field 'miniature'"),
+    *(("args.json", lambda stored, part=part, name=name, value=value: stored[part].update({name: value}),
+       f"args.json, {part}: {name} is {value!r}, expected ")
+      for part, name, value in [
+          ("args", "model", "bert"), ("args", "task", ["xgqa"]), ("args", "workers", -1), ("args", "workers", True),
+          ("args", "limit", -1), ("args", "limit", 0), ("args", "precision", "fp8"), ("args", "miniature", None),
+          ("args", "data", 5), ("args", "data", "\0"), ("args", "tokenizer", "\ud800"), ("args", "image_cache", []),
+          ("args", "few_shot", 5), ("args", "seed", "0"), ("recipe", "epochs", True), ("recipe", "image_size", -5),
+          ("recipe", "test_tokens", 1), ("recipe", "test_words", -1), ("recipe", "few_shot_lrs", []),
+          ("recipe", "micro_batch", None), ("recipe", "dropout", [1]), ("recipe", "clean", 5)]),
+    ("args.json", lambda stored: stored.__delitem__("fingerprints"), "args.json: no field 'fingerprints'"),
+    *(("results.json", lambda results, value=value: results["languages"]["fr"].update(accuracy=value),
+       "results.json, fr: accuracy is ") for value in (10**400, -1, 1000, True, "x", None, float("1e300"))),
+    ("results.json", lambda results: results["languages"]["fr"].update(accuracy_labelled=101),
+     "results.json, fr: accuracy_labelled is 101"),
+    ("results.json", lambda results: results["languages"]["fr"].__delitem__("by_type"), "fr: no field 'by_type'"),
+    ("results.json", lambda results: results["languages"]["fr"].update(by_type=[1]), "'by_type' must be dict"),
+    ("results.json", lambda results: results["languages"]["fr"].update(by_type={"neutral": 5}),
+     "results.json, fr, type neutral: expected an object"),
+    ("results.json", lambda results: results["languages"]["fr"]["by_type"]["neutral"].update(accuracy=-1),
+     "results.json, fr, type neutral: accuracy is -1, expected a number from 0 to 100"),
+    ("results.json", lambda results: results["languages"]["fr"]["by_type"]["neutral"].update(n=True), "n is True"),
+    ("results.json", lambda results: results.update(task="mnli"), "results.json: task is 'mnli', expected one of"),
+    ("predictions/fr.json", lambda entries: [*entries, entries[0]], "stands there a second time"),
     ("results.json", lambda results: {}, "results.json: no field 'task'"),
     ("results.json", lambda results: results.update(languages={"en": {}}), "en: no field 'accuracy'"),
     ("results.json", lambda results: results.update(languages={}), "have no language in common"),
@@ -210,6 +235,22 @@ def test_compare_by_hand(run, tiny, capsys):
     assert rows["accuracy", "mean of 7 others"][2] == pytest.approx((100 + 100 * share) / 7, abs=0.0051)
     (b / "predictions" / "de.json").write_text(json.dumps(read(b / "predictions" / "de.json")[:-1]))
     assert "predicts other items" in refused("--compare", a, b)
+    for limit, said in ((256, "one was run with --limit 64, the other with --limit 256"),
+                        (None, "one was run with --limit 64, the other without --limit")):
+        change(b / "args.json", lambda stored: stored["args"].update(limit=limit))
+        assert said in refused("--compare", a, b)
+
+
+def test_runs_tested_on_different_data_are_not_compared(run, capsys):
+    a, b = run("cclm-xgqa", "a"), run("cclm-xgqa", "b")
+    change(b / "args.json", lambda stored: stored | {"fingerprints": {  # the same files elsewhere, other training data
+        path.replace("/data/", "/elsewhere/"): digest if "test.json" in path else "0"
+        for path, digest in stored["fingerprints"].items()}})
+    run_eval("--compare", a, b)
+    change(b / "args.json", lambda stored: stored["fingerprints"].update(
+        {path: "0" for path in stored["fingerprints"] if path.endswith("/ko/test.json")}))
+    assert refused("--compare", a, b).endswith("were tested on different data (their ko/test.json are not the same): "
+                                               "train one of them again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,14 +259,15 @@ def test_compare_by_hand(run, tiny, capsys):
 
 @pytest.mark.parametrize("language", ["en", "de"])
 def test_published_predictions_get_their_published_score(language, iglue, capsys):
-    """IGLUE's own UC2 predictions, to the last digit, overall and by type."""
+    """IGLUE's own UC2 predictions: as many right ones, to the last, overall and by type."""
     run_eval("--score", iglue / "results" / "xgqa" / "zero_shot" / "uc2" / f"test_{language}_0_result.json",
              "--truth", iglue / "xGQA" / "annotations" / "few_shot" / language / "test.json")
     found = {}
     for line in capsys.readouterr().out.splitlines():
         if match := re.fullmatch(r"(\w+) +([\d.]+) %  \((\d+) of (\d+)\)", line):
-            found[match[1]] = {"n": int(match[4]), "correct": int(match[3]),
-                               "acc": pytest.approx(float(match[2]), abs=1e-9)}
+            right, n = int(match[3]), int(match[4])
+            assert match[2] == f"{100 * right / n:.2f}"
+            found[match[1]] = {"n": n, "correct": right, "acc": pytest.approx(100 * right / n, abs=1e-9)}
     assert found == read(iglue / "results" / "xgqa" / "expected_en_de.json")[language]
 
 
@@ -238,11 +280,19 @@ def test_missing_and_unknown_predictions_are_told(tiny, tmp_path, capsys):
     run_eval("--score", path, "--truth", truth)
     out = capsys.readouterr().out
     assert f"{len(gold) - len(gold) // 4:,} questions have no prediction and count as wrong" in out
-    assert "1 predictions are about other questions and are left out" in out and "25.0000000000 %" in out
+    assert "1 predictions are about other questions and are left out" in out and " 25.00 %" in out
     path.write_text("{}")
     assert "expected a list" in refused("--score", path, "--truth", truth)
     path.write_text(json.dumps([{"questionId": "1"}]))
     assert "entry 0: no field 'prediction'" in refused("--score", path, "--truth", truth)
+    path.write_text(json.dumps([*entries, entries[0] | {"prediction": "another"}]))
+    error = refused("--score", path, "--truth", truth)
+    assert f"entry {len(entries)}: questionId '{next(iter(gold))}' stands there a second time" in error
+    question = {"question_id": 1, "img_id": "1", "sent": "Is it?", "label": {"yes": 1.0}}
+    (tmp_path / "list.json").write_text(json.dumps([question, question | {"question_id": "1", "label": {"no": 1.0}}]))
+    path.write_text("[]")
+    assert "list.json: question 1 stands there a second time" in refused("--score", path, "--truth",
+                                                                         tmp_path / "list.json")
     (tmp_path / "truth.json").write_text("{}")
     path.write_text("[]")
     assert "truth.json: no records" in refused("--score", path, "--truth", tmp_path / "truth.json")
@@ -256,17 +306,24 @@ def test_languages_without_labels_or_types():
     """A test file of "-" alone; a language whose questions have no types: a score all the same, "-" in the table."""
     pairs = [data.Record("1", "1", "a", label="-")]
     results = {"en": evaluation.score_labels([data.Record("1", "1", "a", label="neutral"), *pairs], ["neutral"] * 2),
-               "fr": evaluation.score_labels(pairs, ["neutral"])}
+               "fr": evaluation.score_labels(pairs, ["neutral"]), "ru": evaluation.score_labels(pairs, ["neutral"])}
     assert (results["fr"]["accuracy"], results["fr"]["accuracy_labelled"]) == (0, None)
     rows = [line.split() for line in evaluation.table("xvnli", results).splitlines()]
-    assert rows[1:] == [["en", "50.0", "100.0", "100.0"], ["fr", "0.0", "-", "-"],
-                        ["mean", "of", "1", "others", "0.0", "-", "-"]]
+    assert rows[1:] == [["en", "50.0", "100.0", "100.0"], ["fr", "0.0", "-", "-"], ["ru", "0.0", "-", "-"],
+                        ["mean", "of", "these", "2", "0.0", "-", "-"]]
     typed, untyped = (data.Record("1", "1", "a", {"yes": 1.0}, type=name) for name in ("verify", ""))
     results = {language: evaluation.score_answers([record], ["yes"])
                for language, record in {"en": untyped, "de": typed, "ko": untyped}.items()}
     rows = [line.split() for line in evaluation.table("xgqa", results).splitlines()]
     assert rows == [["accuracy", "verify"], ["en", "100.0", "-"], ["de", "100.0", "100.0"], ["ko", "100.0", "-"],
-                    ["mean", "of", "2", "others", "100.0", "100.0"]]
+                    ["mean", "of", "these", "2", "100.0", "100.0"]]
+
+
+@pytest.mark.parametrize("languages, last", [
+    (["en"], "en"), (["en", "de"], "de"), (["de", "ko"], "mean of these 2"), (["en", "de", "ko"], "mean of these 2"),
+    (data.LANGUAGES["xgqa"], "mean of 7 others"), (data.LANGUAGES["xgqa"][1:], "mean of 7 others")])
+def test_the_mean_is_named_after_its_languages(languages, last):
+    assert evaluation.table("xgqa", {name: {"accuracy": 5.0} for name in languages}).splitlines()[-1].startswith(last)
 
 
 @pytest.mark.parametrize("name", ["cclm-xgqa", "uc2-xvnli", "cclm-xflickrco"])

@@ -119,10 +119,15 @@ def test_larger_worlds_are_built_and_trained_on(model, size, phase, tmp_path, ca
     assert f"epoch 1: the {phase} layers train" in printed and "mean of 7 others" in printed
 
 
-def test_a_world_is_written_once_and_nothing_else_is_overwritten(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
+    """The small world with few images."""
     few = dataclasses.replace(mini_world.WORLD_SIZES["small"], gqa_train=20, gqa_test=10, xvnli_train=10, xvnli_test=10,
                               flickr_train=30, flickr_valid=10, xflickrco_test=10)
     monkeypatch.setitem(mini_world.WORLD_SIZES, "small", few)
+
+
+def test_a_world_is_written_once_and_nothing_else_is_overwritten(few, tmp_path, capsys):
     world = tmp_path / "world"
     mini.write_world(str(world), "small")
     label_map = world / "gqa/annotations/trainval_ans2label.json"
@@ -138,6 +143,42 @@ def test_a_world_is_written_once_and_nothing_else_is_overwritten(tmp_path, capsy
     assert label_map.exists() and [path.name for path in tmp_path.iterdir()] == ["world"]
 
 
+def test_a_damaged_mark_is_another_version(few, tmp_path, capsys):
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world/made_by.txt").write_bytes(b"\xff\xfe")
+    mini.write_world(str(tmp_path / "world"), "small")
+    assert "writing it anew" in capsys.readouterr().out and (tmp_path / "world/gqa").exists()
+
+
+@pytest.mark.parametrize("before", ["nothing", "another version"])
+def test_two_first_runs_at_once(before, few, tmp_path, monkeypatch):
+    """The slower one accepts what the faster one has written meanwhile."""
+    world, write = tmp_path / "world", mini_world.write_world
+    if before == "another version":
+        world.mkdir()
+        (world / "made_by.txt").write_text("another version\n")
+
+    def write_slowly(folder, *options, **more):
+        monkeypatch.setattr(mini_world, "write_world", write)
+        monkeypatch.setattr(mini.os, "getpid", lambda: 1)  # the other process, from its beginning to its end
+        mini.write_world(str(world), "small")
+        write(folder, *options, **more)
+
+    monkeypatch.setattr(mini_world, "write_world", write_slowly)
+    mini.write_world(str(world), "small")
+    assert (world / "made_by.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["world"]
+
+    def write_over(folder, *options, **more):
+        (tmp_path / "other").mkdir()  # which is no world
+        (tmp_path / "other/mine").touch()
+        write(folder, *options, **more)
+
+    monkeypatch.setattr(mini_world, "write_world", write_over)
+    with pytest.raises(files.InputError, match="cannot write the miniature's world there"):
+        mini.write_world(str(tmp_path / "other"), "small")
+    assert (tmp_path / "other/mine").exists()
+
+
 def test_contact_sheet(tmp_path, capsys):
     runs = [tmp_path / "standard", tmp_path / "suf"]
     for run, strategy in zip(runs, ([], ["--suf"])):
@@ -149,3 +190,12 @@ def test_contact_sheet(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         mini.main(["--show", str(runs[0]), str(tmp_path / "nowhere"), "--out", str(tmp_path / "other.png")])
     assert end.value.code == 2 and "nowhere" in capsys.readouterr().err and not (tmp_path / "other.png").exists()
+
+    stored = json.loads((runs[1] / "args.json").read_text())
+    [korean] = [path for path in stored["fingerprints"] if path.endswith("/ko/test.json")]
+    for other in ({"fingerprints": stored["fingerprints"] | {korean: "0"}},
+                  {"args": stored["args"] | {"task": "xvnli"}}):
+        (runs[1] / "args.json").write_text(json.dumps(stored | other))
+        with pytest.raises(SystemExit) as end:
+            mini.main(["--show", *map(str, runs), "--out", str(tmp_path / "other.png")])
+        assert end.value.code == 2 and "suf: not a run on the miniature's xGQA as it is now" in capsys.readouterr().err

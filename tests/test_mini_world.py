@@ -66,7 +66,7 @@ ALL_TYPES = {**QUESTION_MIX, "compare": 1}
 def world(tmp_path_factory) -> Path:
     """The small world with seed 0, written by the command line."""
     folder = tmp_path_factory.mktemp("world") / "mini_data"
-    subprocess.run([sys.executable, ROOT / "mini_world.py", folder], check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT / "mini_world.py", folder, "--seed", "0"], check=True, capture_output=True)
     return folder
 
 
@@ -455,6 +455,14 @@ def test_same_seed_same_bytes(tmp_path, monkeypatch):
     same = {path for path in first if first[path] == other[path]}
     assert same == {path for path in first if "label" in path or path.endswith(("meta.json", "ids.txt", "sizes.npy"))}
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_the_command_writes_the_embedded_world(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(mini_world, "write_world", lambda folder, seed, size, progress: written.append((seed, size)))
+    monkeypatch.setattr(sys, "argv", ["mini_world.py", str(tmp_path / "world")])
+    mini_world.main()
+    assert written == [(mini_world.WORLD_SEED, "small")]
 
 
 def test_an_existing_folder_is_not_touched(tmp_path):

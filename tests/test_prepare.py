@@ -242,6 +242,15 @@ CHANGES = {  # name -> (what is done to the folder, level, task, part of the fin
                                 "not among the labels (question"),
     "label maps disagree": (lambda f: edit_json(f / "gqa/annotations/trainval_label2ans.json",
                                                 lambda answers: answers[::-1]), "error", "xgqa", "is not the inverse"),
+    "training without an answer": (lambda f: edit_json(f / "gqa/annotations/train.json",
+                                                       lambda questions: questions[0].update(label={})),
+                                   "note", "xgqa", "questions have no answer (such as "),
+    "training without answers": (lambda f: edit_json(f / "gqa/annotations/train.json",
+                                                     lambda questions: [q | {"label": {}} for q in questions]),
+                                 "error", "xgqa", "48 of 48 questions have no answer"),
+    "label map a pipe": (lambda f: [(f / "gqa/annotations/trainval_ans2label.json").unlink(),
+                                    os.mkfifo(f / "gqa/annotations/trainval_ans2label.json")],
+                         "error", "xgqa", "trainval_ans2label.json: a pipe or a device"),
     "empty caption": (lambda f: edit_lines(f / XFLICKRCO / "id/test.jsonl",
                                            lambda lines: lines[0].update(sentences=[""])), "note", "xflickrco",
                       "1 without text"),
@@ -297,6 +306,14 @@ def test_check_reads_label_ids_and_arrays(folder, capsys):
     assert all(run["possible"] for run in report["runs"].values())
     _, records = data.read_records(str(folder), "xgqa", "train")
     assert set(answer for record in records for answer in record.answers) <= set(data.read_labels(str(folder)))
+
+
+def test_check_of_shots_that_are_no_number(folder, capsys):
+    (folder / XFLICKRCO / "de/train_1.jsonl").rename(folder / XFLICKRCO / "de/train_²5x².jsonl")
+    (folder / XFLICKRCO / "tr/train_1.jsonl").rename(folder / XFLICKRCO / "tr/train_².jsonl")
+    assert prepare.check(str(folder), as_json=True) == 0
+    counts = json.loads(capsys.readouterr().out)["counts"]["xflickrco"]
+    assert counts["de"]["shots ²5x²"]["records"] == counts["tr"]["shots ²"]["records"] == 1
 
 
 def test_check_tells_runs_apart(folder, capsys):
@@ -523,6 +540,16 @@ BAD_SOURCES = {
                                              np.save(path / "n1_info.npy",
                                                      {"bbox": [[1], [2, 3]], "image_width": 3, "image_height": 3})),
                                "n1_info.npy: 'bbox' must be an array of numbers"),
+    "info with boxes within boxes": (lambda path: (write_npy(path, detections(2)),
+                                                   np.save(path / "n1_info.npy",
+                                                           {"bbox": 2 * [4 * [[1, 2]]], "image_width": 3,
+                                                            "image_height": 3})),
+                                     "n1_info.npy: 'bbox' must be an array of numbers"),
+    "info with endless boxes": (lambda path: (write_npy(path, detections(2)),
+                                              np.save(path / "n1_info.npy",
+                                                      {"bbox": [[0, 0, 1, 10**400]], "image_width": 3,
+                                                       "image_height": 3})),
+                                "n1_info.npy: 'bbox' must be an array of numbers"),
     "features are objects": (lambda path: (write_npy(path, detections(2)), np.save(path / "n1.npy", {"a": 1})),
                              "n1.npy: not a readable array"),
     "features truncated": (lambda path: (write_npy(path, detections(2)),
@@ -570,6 +597,32 @@ def test_convert_of_a_damaged_h5_file(tmp_path):
         (tmp_path / "cut.h5").write_bytes(source.read_bytes()[:size])
         with pytest.raises(InputError, match="cut.h5"):
             prepare.convert([str(tmp_path / "cut.h5")], str(tmp_path / "features"))
+
+
+@pytest.mark.parametrize("change", ["link", "linked group", "soft link", "raw data", "virtual"])
+def test_convert_reads_no_other_h5_file(change, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    source, other = (write_h5(tmp_path / name, detections(3)) for name in ("source.h5", "other.h5"))
+    with h5py.File(source, "r+") as file:
+        group, (shape, kind) = file["n1"], (file["n1/features"].shape, file["n1/features"].dtype)
+        if change == "linked group":
+            del file["n1"]
+            file["n1"] = h5py.ExternalLink(str(other), "/n1")
+        else:
+            del group["features"]
+        if change == "link":
+            group["features"] = h5py.ExternalLink(str(other), "/n1/features")
+        if change == "soft link":
+            file["other"] = h5py.ExternalLink(str(other), "/")
+            group["features"] = h5py.SoftLink("/other/n1/features")
+        if change == "raw data":
+            group.create_dataset("features", shape, kind, external=[(str(other), 0, h5py.h5f.UNLIMITED)])
+        if change == "virtual":
+            layout = h5py.VirtualLayout(shape, kind)
+            layout[:] = h5py.VirtualSource(str(other), "n1/features", shape)
+            group.create_virtual_dataset("features", layout)
+    with pytest.raises(InputError, match="source.h5, image 'n1': .* only data that the file itself holds are read"):
+        prepare.convert([str(source)], str(tmp_path / "features"))
 
 
 def test_convert_asks_for_space_before_it_writes(tmp_path):

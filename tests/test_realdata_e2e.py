@@ -120,7 +120,7 @@ def test_xgqa_cclm(real, tmp_path):
     everything = len(json.loads(truth.read_text()))
     assert f"{everything - LIMIT:,} questions have no prediction and count as wrong" in output
     right = round(results["de"]["accuracy"] * LIMIT / 100)
-    assert f"all       {100 * right / everything:.10f} %  ({right} of {everything})" in output
+    assert f"all       {100 * right / everything:6.2f} %  ({right} of {everything})" in output
 
 
 def test_xvnli_cclm(real, tmp_path):
