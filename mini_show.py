@@ -39,14 +39,16 @@ def contact_sheet(world, tokenizer, runs, path):
         font = fonts[language]
         if font is None:
             words, font = normalizer.normalize(words).replace("▁", " ").strip(), fonts["en"]
-        draw.text((x, y), words, fill=fill, font=font)
+        draw.text((x, y + LINE - 6), words, fill=fill, font=font, anchor="ls")  # scripts share a baseline
 
     block = QUESTIONS_PER_SCENE * (len(LANGUAGES) + 1) * LINE
-    sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + 2 * LINE + len(chosen) * (block + MARGIN)), "white")
+    sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + 3 * LINE + len(chosen) * (block + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
-    for x, title in zip(COLUMNS, ("", "question", *titles)):
-        text(x, MARGIN, title, GREY)
-    y = MARGIN + 2 * LINE
+    legend = ["question", "right answers green, wrong ones red; above them: accuracy on all test questions"]
+    for x, lines in zip(COLUMNS[1:], (legend, *titles)):
+        for number, line in enumerate(lines):
+            text(x, MARGIN + number * LINE, line, GREY)
+    y = MARGIN + 3 * LINE
     for image, questions in chosen:
         picture = data.read_image(data.image_path(world, "xgqa", image)).resize(
             (IMAGE, IMAGE), Image.Resampling.NEAREST)
@@ -67,7 +69,7 @@ def contact_sheet(world, tokenizer, runs, path):
 
 
 def read_answers(run, shown):
-    """-> ({language: {question id: answer}}, title) of a finished run.
+    """-> ({language: {question id: answer}}, lines of its title) of a finished run.
 
     InputError unless it was tested on the files that are shown, by fingerprint.
     """
@@ -79,7 +81,10 @@ def read_answers(run, shown):
     paths = {language: os.path.join(run, "predictions", f"{language}.json") for language in LANGUAGES}
     answers = {language: evaluation.by_id(enumerate(evaluation.read_predictions(path)), "questionId", "prediction", str,
                                           path) for language, path in paths.items()}
-    return answers, f"{args.model} {files.expect(results, 'strategy', str, run)}"
+    english = results["languages"]["en"]["accuracy"]
+    others = evaluation.mean_zero_shot(results["languages"], "accuracy")
+    strategy = files.expect(results, "strategy", str, run)
+    return answers, [f"{args.model.upper()}, {strategy}", f"en {english:.0f} %, others {others:.0f} %"]
 
 
 def choose(english, answers):

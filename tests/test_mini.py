@@ -60,7 +60,7 @@ def test_the_first_command_on_a_few_examples(tmp_path):
     assert set(results["languages"]) == {"en", "de", "pt", "ru", "id", "zh", "ko", "bn"}
     assert set(results["languages"]["de"]["by_type"]) == {"verify", "query", "choose", "logical"}
     assert "mean of 7 others" in done.stdout
-    assert done.stdout.splitlines()[-1].endswith("to compare: python train.py --model cclm --task xgqa")
+    assert done.stdout.splitlines()[-1].endswith("to compare: python train.py --model cclm --task xgqa --limit 128")
 
 
 @pytest.mark.parametrize("strategy", [[], ["--suf"]], ids=["standard", "suf"])
