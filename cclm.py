@@ -699,6 +699,9 @@ def from_pretrained(tensors, config, task, image_size, source, **options):
     sizes = read_sizes(tensors, config, source)
     with torch.device("meta"):  # shapes only
         check_file(CCLM(sizes, "pretraining"), tensors, source)
+    if image_size % sizes.patch_size:
+        raise ValueError(f"{source}: an image of {image_size} pixels a side does not divide into patches of "
+                         f"{sizes.patch_size}")
     model = CCLM(replace(sizes, image_size=image_size), task, **options)
     names = {ours: theirs.replace("text_decoder.bert.encoder.", "cross_encoder.encoder.")
              for ours, theirs in model.checkpoint_names().items()}

@@ -71,6 +71,12 @@ def test_official_file_gives_the_official_model(task, official):
     assert len(model.layers) == 18
 
 
+def test_images_divide_into_patches():
+    tensors, config = small_file()
+    with pytest.raises(ValueError, match="^file: an image of 33 pixels a side does not divide into patches of 8$"):
+        cclm.from_pretrained(tensors, config, "xgqa", 33, "file")
+
+
 def test_groups_of_parameters_are_the_references(official):
     """Weight decay and the parts with their own learning rate, for every parameter of the three full-size models."""
     groups = json.loads((ROOT / "tests" / "golden" / "cclm_base_param_groups.json").read_text())
