@@ -535,6 +535,13 @@ def test_reproduce(runs, small, tmp_path, capsys):
     assert "layer-wise decay" not in report
 
 
+def test_a_model_that_never_sees_the_image(tiny):
+    """On XVNLI words alone tell nothing (a third is right); on xGQA they tell the kind of answer, and half of yes or no."""
+    records = {task: analysis.data.read_records(tiny / "data", task, "test")[1] for task in ("xvnli", "xgqa")}
+    right = {task: analysis.blind_model(tiny / "data", task) / len(records[task]) for task in records}
+    assert abs(right["xvnli"] - 1 / 3) < 0.07 and 0.38 < right["xgqa"] < 0.55
+
+
 def test_runs_of_another_kind_are_told(runs, small, tmp_path, capsys):
     """Before anything is trained: a finished run with other flags than the report's, or without results by epoch."""
     run = tmp_path / "cclm-xgqa-standard-seed0"
