@@ -123,7 +123,7 @@ class Run:
 def read_run(folder):
     """-> Run. InputError, one line, for a folder that is none, is not finished or lacks a language."""
     args, recipe = evaluation.read_run(folder)
-    path, log, settings = (os.path.join(folder, name) for name in ("results.json", "log.jsonl", "args.json"))
+    path, log = (os.path.join(folder, name) for name in ("results.json", "log.jsonl"))
     stored, epochs = evaluation.read_results(folder), {}
     results = languages_of(stored, args, path)
     if not args.few_shot:
@@ -133,8 +133,8 @@ def read_run(folder):
                 check_fields({"epoch": epoch}, {"epoch": whole(1, recipe.epochs)}, where)
                 epochs[epoch] = languages_of(line, args, where)
         epochs[recipe.epochs] = results
-    fingerprints = list(files.expect(files.read_json(settings), "fingerprints", dict, settings).values())
-    conditions = vars(recipe) | {"miniature": args.miniature, "limit": args.limit, "their files": fingerprints}
+    conditions = vars(recipe) | {"miniature": args.miniature, "limit": args.limit,
+                                 "their files": list(evaluation.fingerprints(folder).values())}
     strategy = files.expect(stored, "strategy", str, path)
     return Run(folder, args, recipe, strategy, results, epochs, conditions)
 

@@ -429,11 +429,15 @@ def read_run(run):
     return SimpleNamespace(**stored["args"]), SimpleNamespace(**stored["recipe"])
 
 
+def fingerprints(run):
+    """What a run read: {path: fingerprint}."""
+    path = os.path.join(run, "args.json")
+    return files.expect(files.read_json(path), "fingerprints", dict, path)
+
+
 def tested_on(run):
     """Of the files that a run was tested on, by folder and name: {"de/test.json": …}, wherever the data lay."""
-    path = os.path.join(run, "args.json")
-    stored = files.expect(files.read_json(path), "fingerprints", dict, path)
-    return {"/".join(file.split(os.sep)[-2:]): fingerprint for file, fingerprint in stored.items()
+    return {"/".join(file.split(os.sep)[-2:]): fingerprint for file, fingerprint in fingerprints(run).items()
             if os.path.basename(file).startswith("test.")}
 
 
@@ -579,10 +583,10 @@ def read_predictions(path):
 
 
 def by_id(predictions, key, field, kind, path):
-    """[(number, prediction)] of a file -> {its `key`: its `field`}. InputError for an id that stands there twice."""
+    """[(place, prediction)] of a file -> {its `key`: its `field`}. InputError for an id that stands there twice."""
     found = {}
-    for number, entry in predictions:
-        where = f"{path}, entry {number}"
+    for place, entry in predictions:
+        where = f"{path}, entry {place}"
         name = files.expect(entry, key, str, where)
         if name in found:
             raise InputError(f"{where}: {key} {name!r} stands there a second time")

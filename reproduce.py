@@ -38,6 +38,7 @@ import recipes
 from analysis import differences, entry, label, title
 from files import InputError
 from model import read_checkpoint
+from run_folder import RECIPE_FLAGS
 from tables import publish, t_interval
 
 FILES = ("data", "checkpoint", "tokenizer")
@@ -134,7 +135,7 @@ def check_finished(job):
     """A run that is there already must be one of the report's. InputError if it is another, a line if it lacks something.
     """
     then, wanted = evaluation.read_run(job.folder)[0], parsed(job.flags)
-    for name in ("limit", "epochs", "batch_size", "lr", "vision_lr", "embedding_lr"):
+    for name in ("limit", *RECIPE_FLAGS):
         there = getattr(then, name, None)
         if there != getattr(wanted, name):
             raise InputError(f"{job.folder}: a finished run with {name} {there}, the report's has "

@@ -157,6 +157,9 @@ FLAGS = ("model", "task", "suf", "lr_decay", "train_top", "freeze", "order", "se
          "first_image_negatives", "precision", "deterministic")  # that no resumed run may change, beside its recipe
 
 
+RECIPE_FLAGS = ("epochs", "batch_size", "lr", "vision_lr", "embedding_lr")  # of the command line
+
+
 def settings_of(args, recipe, source):
     """What a resumed run must have in common with the run it continues."""
     processes = ranks()[1]
@@ -180,8 +183,9 @@ def resume(run, settings, model=None, optimizer=None):
     if not os.path.isfile(path):
         return 0
     try:
-        if model is None and (damaged := zipfile.ZipFile(path).testzip()):  # torch does not compare checksums
-            raise ValueError(f"checksum of {damaged}")
+        if model is None and ranks()[0] == 0:  # torch does not compare checksums; one process reads all for all
+            if damaged := zipfile.ZipFile(path).testzip():
+                raise ValueError(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=model is None)
         then, step = dict(state["settings"]), operator.index(state["step"])
         if step < 1:

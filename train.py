@@ -47,7 +47,17 @@ from files import InputError
 from model import TransformerLayer, read_checkpoint
 from processes import Stop, interrupt, on_all_ranks, on_signals, ranks, say, start
 from recipes import Recipe, contradiction, few_shot_recipe, parse_args, recipe_of, strategy_name
-from run_folder import FLAGS, Log, input_files, other_setting, resume, start_folder, write_tensors, write_weights
+from run_folder import (
+    FLAGS,
+    RECIPE_FLAGS,
+    Log,
+    input_files,
+    other_setting,
+    resume,
+    start_folder,
+    write_tensors,
+    write_weights,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What trains when, and at which rate
@@ -488,7 +498,7 @@ def finished(args):
     if not args.resume or not os.path.isfile(os.path.join(args.run, "results.json")):
         return False
     then = evaluation.read_run(args.run)[0]
-    for name in (*FLAGS, "miniature", "epochs", "batch_size", "lr", "vision_lr", "embedding_lr", "few_shot", "shots"):
+    for name in (*FLAGS, "miniature", *RECIPE_FLAGS, "few_shot", "shots"):
         if getattr(then, name, None) != getattr(args, name):
             raise other_setting(args.run, name, getattr(then, name, None), getattr(args, name))
     results = evaluation.read_results(args.run)
@@ -552,11 +562,7 @@ def run_few_shot(args):
         raise InputError("--few-shot en: the run has been trained on English")
     if wrong := contradiction(args):
         raise InputError(wrong)
-    try:
-        recipe = few_shot_recipe(args, Recipe(**vars(recipe)))
-    except TypeError as error:
-        raise InputError(f"{os.path.join(args.init, 'args.json')}: not a recipe that this train.py knows "
-                         f"({error})") from None
+    recipe = few_shot_recipe(args, Recipe(**vars(recipe)))
     tokenizer = data.Tokenizer(args.tokenizer)
     labels = data.read_labels(args.data) if args.task == "xgqa" else []
 
