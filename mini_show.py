@@ -1,6 +1,6 @@
 """`python mini.py --show`: a contact sheet of the miniature's xGQA.
 
-Scenes with questions in several languages and two runs' answers. Every language is drawn in its own script where the
+Scenes with questions in several languages, the right answers and those of two runs. Every language is drawn in its own script where the
 machine has a font for it; where not, as the tokenizer reads it.
 """
 
@@ -9,6 +9,7 @@ import os
 import sentencepiece
 from PIL import Image, ImageDraw, ImageFont
 
+import analysis
 import data
 import eval as evaluation
 import files
@@ -19,8 +20,8 @@ LANGUAGES = ("en", "de", "ru", "zh", "ko", "bn")
 FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansBengali-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "msyh.ttc",
          "malgun.ttf", "Nirmala.ttf", "PingFang.ttc", "AppleSDGothicNeo.ttc")
 SCENES, QUESTIONS_PER_SCENE = 6, 2
-IMAGE, LINE, MARGIN, WIDTH = 176, 22, 16, 1180  # pixels
-COLUMNS = (210, 250, 830, 1000)  # language, question, first run, second run
+IMAGE, LINE, MARGIN, WIDTH = 176, 22, 16, 1240  # pixels
+COLUMNS = (210, 250, 720, 830, 1040)  # language, question, right answer, first run, second run
 INK, GREY, RIGHT, WRONG = (20, 20, 20), (130, 130, 130), (20, 120, 40), (190, 40, 30)
 
 
@@ -44,8 +45,8 @@ def contact_sheet(world, tokenizer, runs, path):
     block = QUESTIONS_PER_SCENE * (len(LANGUAGES) + 1) * LINE
     sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + 3 * LINE + len(chosen) * (block + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
-    legend = ["question", "right answers green, wrong ones red; above them: accuracy on all test questions"]
-    for x, lines in zip(COLUMNS[1:], (legend, *titles)):
+    legend = ["question", "what a model answers is green where it is right, red where not"]
+    for x, lines in zip(COLUMNS[1:], (legend, ["answer"], *titles)):
         for number, line in enumerate(lines):
             text(x, MARGIN + number * LINE, line, GREY)
     y = MARGIN + 3 * LINE
@@ -55,11 +56,12 @@ def contact_sheet(world, tokenizer, runs, path):
         sheet.paste(picture, (MARGIN, y))
         line = y
         for question in questions:
+            text(COLUMNS[2], line, ", ".join(records["en"][question].answers))
             for language in LANGUAGES:
                 record = records[language][question]
                 text(COLUMNS[0], line, language, GREY)
                 text(COLUMNS[1], line, record.text, language=language)
-                for x, run in zip(COLUMNS[2:], answers):
+                for x, run in zip(COLUMNS[3:], answers):
                     said = run[language][question]
                     text(x, line, said, RIGHT if said in record.answers else WRONG)
                 line += LINE
@@ -84,7 +86,7 @@ def read_answers(run, shown):
     english = results["languages"]["en"]["accuracy"]
     others = evaluation.mean_zero_shot(results["languages"], "accuracy")
     strategy = files.expect(results, "strategy", str, run)
-    return answers, [f"{args.model.upper()}, {strategy}", f"en {english:.0f} %, others {others:.0f} %"]
+    return answers, [f"{args.model.upper()}, {analysis.label(strategy)}", f"test: en {english:.0f} %, others {others:.0f} %"]
 
 
 def choose(english, answers):
