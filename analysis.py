@@ -271,7 +271,7 @@ def tables(runs):
                     row = summaries(final(arm), metric, languages)
                     details[task].append({"": name} | recall | row)
                     ours |= {f"{column} en": row["en"], f"{column} others": row["others"]}
-                    printed = paper(model, strategy, task, metric) if is_real(arm) else None
+                    printed = paper(model, strategy, task, metric) if is_real(arm.values()) else None
                     if printed:
                         paper_row = {language: printed.get(language) for language in languages}
                         details[task].append({"": f"{name}: paper"} | recall | paper_row)
@@ -279,46 +279,44 @@ def tables(runs):
                         theirs |= {f"{column} en": printed["en"], f"{column} others": mean}
                         notes |= {task: FOOTNOTES[task]} if task in FOOTNOTES else {}
             overview += [ours, theirs] if len(theirs) > 1 else [ours]
-    every = {(pair, strategy): arm for pair, arms in groups.items() for strategy, arm in arms.items()}
-    title_1 = f"Table 1: English, and the mean of the other languages{world(every)}"
+    english = [run for arms in groups.values() for run in all_runs(arms)]
+    title_1 = f"Table 1: English, and the mean of the other languages{world(english)}"
     result = [Table("table1", title_1, overview, list(notes.values()))]
     for number, task in enumerate(TASKS, start=4):
-        note = [notes[task]] if task in notes else []
-        if details[task]:
-            folders = {run.args.data for (_, one), arms in groups.items() if one == task
-                       for arm in arms.values() for run in arm.values()}
-            details[task] += baseline_rows(task, *folders, groups) if len(folders) == 1 else []
-            name = (f"Table {number}: {TASKS[task]} by language"
-                    f"{world({key: arm for key, arm in every.items() if key[0][1] == task})}")
-            result.append(Table(f"table{number}", name, details[task], note))
+        some = [run for run in english if run.args.task == task]
+        if some:
+            name = f"Table {number}: {TASKS[task]} by language{world(some)}"
+            note = [notes[task]] if task in notes else []
+            result.append(Table(f"table{number}", name, details[task] + baseline_rows(task, some), note))
     return result
 
 
-def baseline_rows(task, folder, groups):
-    """What is reached without fine-tuning. Nothing where the data is no longer there.
+def baseline_rows(task, runs):
+    """What is reached without fine-tuning. Nothing where the runs' data is not the same, or no longer there.
 
     Accuracy of answers given without looking: the test set's most frequent one, also of each question type, and those of
     a linear model of English texts; the same for every language, whose items are translations of each other. Retrieval:
     CCLM's pre-trained heads rank.
     """
-    columns = [*data.LANGUAGES[task], "others"]
-    if not os.path.isdir(folder):
+    columns, folder = [*data.LANGUAGES[task], "others"], runs[0].args.data
+    if any(run.args.data != folder for run in runs) or not os.path.isdir(folder):
         return []
     if task == "xflickrco":
-        arms = groups.get(("cclm", task), {}).values()
-        runs = [run for arm in arms if not is_real(arm) for run in arm.values()][:1]  # the real test set takes hours
+        # the real test set takes hours
+        cclm = [run for run in runs if run.args.model == "cclm" and run.args.miniature][:1]
         return [{"": "baseline: CCLM, not fine-tuned", "recall": heading}
                 | {language: float(value(found, metric, language)) for language in columns}
-                for found in (probe.not_fine_tuned(run.folder) for run in runs)
+                for found in (probe.not_fine_tuned(run.folder) for run in cclm)
                 for metric, heading in evaluation.headline(task)]
     records = data.read_records(folder, task, "test")[1]
-    answers = [(record.type, next(iter(record.answers), record.label)) for record in records]
-    types = {kind: Counter(answer for of, answer in answers if of == kind) for kind in {kind for kind, _ in answers}}
-    found = {"baseline: the most frequent answer": Counter(answer for _, answer in answers).most_common(1)[0][1]}
+    by_type = defaultdict(Counter)
+    for record in records:
+        by_type[record.type][next(iter(record.answers), record.label)] += 1
+    found = {"baseline: the most frequent answer": max(sum(by_type.values(), Counter()).values())}
     if task == "xgqa":
-        by_type = sum(counts.most_common(1)[0][1] for counts in types.values())
-        found["baseline: the most frequent answer of each question type"] = by_type
-    if not any(is_real(arm) for pair, arms in groups.items() if pair[1] == task for arm in arms.values()):
+        most_frequent = sum(max(counts.values()) for counts in by_type.values())
+        found["baseline: the most frequent answer of each question type"] = most_frequent
+    if not is_real(runs):
         found["baseline: linear model of the words, image unseen"] = blind_model(folder, task)
     return [{"": name} | dict.fromkeys(columns, 100 * count / len(records)) for name, count in found.items()]
 
@@ -353,27 +351,33 @@ def blind_model(folder, task):
     return sum(answers[i] == answer for i, (_, answer) in zip(chosen, test))
 
 
-def is_real(arm):
-    """Whether runs are on the real benchmark, or at least on data that was given."""
-    return not next(iter(arm.values())).args.miniature
+def all_runs(arms):
+    return [run for arm in arms.values() for run in arm.values()]
 
 
-def world(arms):
+def is_real(runs):
+    """Whether any is on the real benchmark, or at least on data that was given."""
+    return not all(run.args.miniature for run in runs)
+
+
+def world(runs):
     """What a table's title adds where none of its runs is on data that was given."""
-    return "" if any(map(is_real, arms.values())) else ", miniature"
+    return "" if is_real(runs) else ", miniature"
 
 
 def setting(arms):
     """What a picture's title adds: also the number of seeds, where all arms have the same one above 1."""
     counts = {len(arm) for arm in arms.values()}
-    return world(arms) + (f", {max(counts)} seeds" if len(counts) == 1 and max(counts) > 1 else "")
+    return world(all_runs(arms)) + (f", {max(counts)} seeds" if len(counts) == 1 and max(counts) > 1 else "")
 
 
 def seeds(arms, *of):
     """What the name of an arm (or of some that share a line) adds in a picture where not all have as many seeds."""
-    low, *_, high = sorted(len(arms[strategy]) for strategy in (*of, *of))
-    number = f"{low} to {high} seeds" if low < high else f"{low} seed{'s' * (low > 1)}"
-    return f" ({number})" if len({len(arm) for arm in arms.values()}) > 1 else ""
+    if len({len(arm) for arm in arms.values()}) == 1:
+        return ""
+    counts = [len(arms[strategy]) for strategy in of]
+    low, high = min(counts), max(counts)
+    return f" ({low} to {high} seeds)" if low < high else f" ({low} seed{'s' * (low > 1)})"
 
 
 def y_label(task):
@@ -408,7 +412,7 @@ def curves(runs):
                     for strategy, arm in curved.items()
                     if strategy != "standard" and arm.keys() & curved.get("standard", {}).keys()]
             if rows:
-                name = f"{title(model, task)}, {heading}: mean of the others at equal English{world(curved)}"
+                name = f"{title(model, task)}, {heading}: mean of the others at equal English{world(all_runs(curved))}"
                 result.append(Table(f"equal-english-{model}-{task}-{metric}", name, rows, [EQUAL_ENGLISH]))
     if not result:
         raise InputError("none of these runs was evaluated after every epoch; train.py does so with --eval-every-epoch")
@@ -515,7 +519,7 @@ def alignment(runs, epoch=None):
                          "all pairs": summarize(matrix[pairs].mean() for matrix in similar),
                          "unpaired": summarize(baseline),
                          "Pearson": f"{statistics.fmean(known):.2f}" if known else "undefined"})
-            if model == "uc2" and is_real(arm) and (task, strategy) in PAPER_ALIGNMENT:
+            if model == "uc2" and is_real(arm.values()) and (task, strategy) in PAPER_ALIGNMENT:
                 printed, unpaired = PAPER_ALIGNMENT[task, strategy]
                 accuracy = paper(model, strategy, task, "accuracy")
                 correlation = pearson(list(printed.values()), [accuracy[language] for language in printed])
@@ -557,7 +561,7 @@ def strategies(runs):
             moved = [probe.drift(run.folder) for run in arm.values()]
             rows.append({"": label(strategy)} | {part: summarize(one[part] for one in moved) for part in moved[0]})
         name = (f"{title(model, task)}: distance from the pre-trained weights, "
-                f"in percent of their norm (layer 1: bottom){world(arms)}")
+                f"in percent of their norm (layer 1: bottom){world(all_runs(arms))}")
         result += [Table(f"drift-{model}-{task}", name, rows), cost_table(model, task, arms)]
     return result
 
@@ -570,7 +574,7 @@ def compare_arms(model, task, arms):
     for metric, heading in evaluation.headline(task):
         rows = {}
         for strategy, arm in arms.items():
-            printed = paper(model, strategy, task, metric) if is_real(arm) else None
+            printed = paper(model, strategy, task, metric) if is_real(arm.values()) else None
             printed = {f"paper: {language}": printed[language] for language in ("en", "others")} if printed else {}
             rows[strategy] = {"": label(strategy)} | summaries(final(arm), metric, ("en", "others")) | printed
         name = f"Table 2 and Figure 5: {title(model, task)}, {heading}{setting(arms)}"
@@ -580,7 +584,7 @@ def compare_arms(model, task, arms):
                     for b in ("standard", "suf") if b in arms for a in arms
                     if a not in ("standard", b) and arms[a].keys() & arms[b].keys()]
         if compared:
-            name = f"{title(model, task)}, {heading}: differences between strategies{world(arms)}"
+            name = f"{title(model, task)}, {heading}: differences between strategies{world(all_runs(arms))}"
             result.append(Table(f"differences-{model}-{task}-{metric}", name, compared, [DIFFERENCES]))
     return result
 
@@ -678,7 +682,7 @@ def cost_table(model, task, arms):
                                for name in ("ms per step", "optimizer MB")}
     note = ("fastest of several steps on one batch, without loading it; mean over epochs. Optimizer: AdamW's state "
             "after the last epoch")
-    name = f"{title(model, task)}: cost of training{world(arms)}"
+    name = f"{title(model, task)}: cost of training{world(all_runs(arms))}"
     return Table(f"cost-{model}-{task}", name, list(rows.values()), [note])
 
 
@@ -704,19 +708,17 @@ def fewshot(runs):
         languages = [language for language in data.LANGUAGES[task] if all(language in pairs for pairs in case.values())]
         if not languages:
             raise InputError(f"the few-shot runs of {model} on {task} with {shots} shots have no language in common")
-        rows = []
+        rows, trained = [], [run for pairs in case.values() for _, run in pairs.values()]
         for strategy in sorted({strategy for strategy, _ in case}, key=rank):
             seeds = [[pairs[language] for language in languages]
                      for (name, _), pairs in case.items() if name == strategy]
             for metric, heading in evaluation.headline(task):
                 recall = {"recall": heading} if task == "xflickrco" else {}
                 rows.append({"": label(strategy)} | recall | few_shot_row(seeds, metric, languages))
-            if ((model, task, shots) == ("uc2", "xgqa", 48) and is_real({0: seeds[0][0][1]})
-                    and strategy in PAPER_FEW_SHOT):
+            if (model, task, shots) == ("uc2", "xgqa", 48) and is_real(trained) and strategy in PAPER_FEW_SHOT:
                 before, after = PAPER_FEW_SHOT[strategy]
                 rows.append({"": f"{label(strategy)}: paper", "zero-shot": before, "few-shot": after})
         note = f"means over {', '.join(languages)}; every language with the model trained on its own {shots} images"
-        trained = {key: {0: run} for key, pairs in case.items() for _, run in pairs.values()}
         name = f"Table 3: {title(model, task)}, {shots} shots{world(trained)}"
         result.append(Table(f"fewshot-{model}-{task}-{shots}", name, rows, [note]))
     return result
