@@ -40,6 +40,7 @@ import files
 import probe
 from files import InputError
 from recipes import check_fields, whole
+from run_folder import fingerprint
 from tables import Difference, Table, pearson, publish, sign_test, summarize, t_interval
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,6 +99,9 @@ def paper(model, strategy, task, metric):
 # Runs
 
 
+SHARED = ("miniature", "limit", "precision", "questions_per_image", "first_image_negatives")  # beside the recipe
+
+
 @dataclass
 class Run:
     """One finished run of train.py, or (see `post_hoc_arms`) what was made of one afterwards."""
@@ -133,8 +137,8 @@ def read_run(folder):
                 check_fields({"epoch": epoch}, {"epoch": whole(1, recipe.epochs)}, where)
                 epochs[epoch] = languages_of(line, args, where)
         epochs[recipe.epochs] = results
-    conditions = vars(recipe) | {"miniature": args.miniature, "limit": args.limit,
-                                 "their files": list(evaluation.fingerprints(folder).values())}
+    conditions = vars(recipe) | {name: getattr(args, name, None) for name in SHARED}
+    conditions["their files"] = list(evaluation.fingerprints(folder).values())
     strategy = files.expect(stored, "strategy", str, path)
     return Run(folder, args, recipe, strategy, results, epochs, conditions)
 
@@ -591,7 +595,8 @@ def compare_arms(model, task, arms):
 
 def decay_panels(mean, arms, y):
     """Figure 5 from the strategies' means of the others."""
-    decays = sorted(float(strategy.removeprefix("decay")) for strategy in mean if strategy.startswith("decay"))
+    # decay with frozen embeddings, say, is not on the line
+    decays = sorted(float(strategy[5:]) for strategy in mean if re.fullmatch(r"decay[\d.e-]+", strategy))
     if not decays:
         return []
     names = [f"decay{decay:g}" for decay in decays]
@@ -736,10 +741,12 @@ def english_folder(run):
     """Folder of the English run that a few-shot run started from: where it was, or beside the few-shot run."""
     name = os.path.basename(run.args.init.rstrip(os.sep))
     beside = os.path.join(os.path.dirname(os.path.abspath(run.folder)), name)
-    found = [folder for folder in (run.args.init, beside) if os.path.isfile(os.path.join(folder, "args.json"))]
-    if not found:
-        raise InputError(f"{run.folder}: the English run that it started from is neither {run.args.init} nor {beside}")
-    return found[0]
+    known = evaluation.fingerprints(run.folder).values()
+    for folder in (run.args.init, beside):  # a relative path may lead to another run from here
+        weights = os.path.join(folder, "model.pt")
+        if os.path.isfile(weights) and fingerprint(weights) in known:
+            return folder
+    raise InputError(f"{run.folder}: the English run that it started from is neither {run.args.init} nor {beside}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -782,7 +789,7 @@ def parse_args(argv):
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    end = argv.index("--") if "--" in argv else len(argv)
+    end = argv.index("--") if argv[:1] == ["reproduce"] and "--" in argv else len(argv)
     args = parse_args(argv[:end])
     try:
         if args.command == "reproduce":

@@ -14,6 +14,8 @@ pace), other orders of thawing, frozen embeddings; UC2 on xGQA also few-shot (se
 The sentences of the report are made from the numbers (`findings`), whatever these say.
 """
 
+import functools
+import math
 import os
 import re
 import signal
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +41,7 @@ import recipes
 from analysis import differences, entry, label, title
 from files import InputError
 from model import read_checkpoint
-from run_folder import RECIPE_FLAGS
+from run_folder import RECIPE_FLAGS, fingerprint
 from tables import publish, t_interval
 
 FILES = ("data", "checkpoint", "tokenizer")
@@ -71,14 +74,16 @@ def plan(args, more):
 
     InputError for unknown strategies.
     """
-    jobs, wanted, known = [], args.strategies and args.strategies.split(","), []
+    jobs, wanted, known = [], args.strategies and args.strategies.split(","), {}
     for model in [args.model] if args.model else ["cclm", "uc2"]:
         for task in [args.task] if args.task else data.LANGUAGES:
             base = ["--model", model, "--task", task]
             base += [text for name in FILES if getattr(args, name) for text in (f"--{name}", getattr(args, name))]
-            for flags in strategies(base + more):
-                name = recipes.strategy_name(parsed(base + flags + more))
-                known.append(name)
+            named = {}
+            for flags in strategies(base + more):  # of two that `more` makes the same, the first
+                named.setdefault(recipes.strategy_name(parsed(base + flags + more)), flags)
+            known |= named
+            for name, flags in named.items():
                 few_shot = (model, task) == ("uc2", "xgqa") and name in ("standard", "suf")  # Table 3
                 for seed in range(args.seeds) if not wanted or name in wanted else ():
                     folder = os.path.join(args.runs, f"{model}-{task}-{name}-seed{seed}")
@@ -86,8 +91,8 @@ def plan(args, more):
                     jobs += [job, *(few_shot_jobs(job, seed)
                                     if few_shot and (not wanted or "fewshot" in wanted) else [])]
     if set(wanted or ()) - {*known, "fewshot"} or not jobs:
-        choices = ", ".join(dict.fromkeys(known))
-        raise InputError(f"--strategies {args.strategies}: choose from {choices}; beside standard or suf also fewshot")
+        raise InputError(f"--strategies {args.strategies}: choose from {', '.join(known)}; "
+                         "beside standard or suf also fewshot")
     return sorted(jobs, key=lambda job: job.english is not None)
 
 
@@ -131,15 +136,26 @@ def with_files(args):
     return args
 
 
-def check_finished(job):
+def check_finished(job, fingerprint_of):
     """A run that is there already must be one of the report's. InputError if it is another, a line if it lacks something.
     """
     then, wanted = evaluation.read_run(job.folder)[0], parsed(job.flags)
-    for name in ("limit", *RECIPE_FLAGS):
+    for name in ("limit", "questions_per_image", "first_image_negatives", *RECIPE_FLAGS):
         there = getattr(then, name, None)
         if there != getattr(wanted, name):
             raise InputError(f"{job.folder}: a finished run with {name} {there}, the report's has "
                              f"{getattr(wanted, name)}; move it away, or name another folder with --runs")
+    if job.english:
+        inputs = [os.path.join(job.english.folder, "model.pt")]
+    else:
+        with_files(wanted)
+        inputs = [wanted.checkpoint, wanted.tokenizer, data.annotation_file(wanted.data, wanted.task, "train"),
+                  data.annotation_file(wanted.data, wanted.task, "test")]
+    read = evaluation.fingerprints(job.folder).values()
+    for path in inputs:
+        if not os.path.isfile(path) or fingerprint_of(path) not in read:
+            raise InputError(f"{job.folder}: a finished run that did not read {path} as it is now; move it away, or "
+                             "name another folder with --runs")
     for name, missing in (("eval_every_epoch", "Figures 2 and 3"), ("save_epochs", "the rivals without training")):
         if getattr(wanted, name) and not getattr(then, name, False):
             print(f"note: {job.folder} was run without --{name.replace('_', '-')}: it is not in {missing}", flush=True)
@@ -149,13 +165,12 @@ def check_finished(job):
 # How long
 
 
-def pace(args):
+def pace(args, recipe):
     """Seconds of (one training example, one evaluated text) in standard fine-tuning here, from a few steps and texts.
 
     In retrieval the unit is not a text but a scored pair of a text and an image (see `test_size`).
     """
     device = processes.start(args)
-    recipe = recipes.recipe_of(args, read_checkpoint(args.checkpoint)[1])[0]
     [cost] = probe.measure([(args, recipe)])
     labels, tokenizer = probe.labels_of(args), data.Tokenizer(args.tokenizer)
     model = probe.pretrained(args, recipe).to(device)
@@ -176,13 +191,16 @@ def test_size(args, texts):
     return texts * min(texts, 2 * 128) if args.model == "cclm" else texts * texts
 
 
-def seconds_of(job, per_example, per_text):
-    """Estimate for one run."""
-    args = with_files(parsed((job.english or job).flags))
-    recipe = recipes.recipe_of(args, read_checkpoint(args.checkpoint)[1])[0]
+@functools.cache
+def record_count(folder, task, split, language="en", shots=None):
+    return len(data.read_records(folder, task, split, language, shots)[1])
+
+
+def seconds_of(job, args, recipe, per_example, per_text):
+    """Estimate for one run; args, recipe: of English training."""
 
     def count(*which):
-        return len(data.read_records(args.data, args.task, *which)[1][: args.limit])
+        return min(record_count(args.data, args.task, *which), args.limit or math.inf)
 
     if job.english:
         language = job.flags[job.flags.index("--few-shot") + 1]
@@ -197,15 +215,16 @@ def print_plan(jobs, at_once):
     """--dry-run: every run, its state and its time, as measured on standard fine-tuning, the costliest strategy."""
     if at_once > 1:
         torch.set_num_threads(1)
-    paces, total = {}, 0.0
+    known, total = {}, 0.0  # known: (model, task) -> recipe and `pace`
     for job in jobs:
         line = f"{job.state:12}  {job.folder}"
         if not job.finished:
             args = with_files(parsed((job.english or job).flags))
-            if (args.model, args.task) not in paces:
+            if (args.model, args.task) not in known:
+                recipe = recipes.recipe_of(args, read_checkpoint(args.checkpoint)[1])[0]
                 standard = dict.fromkeys(("suf", "lr_decay", "train_top", "order", "layer_order")) | {"freeze": []}
-                paces[args.model, args.task] = pace(Namespace(**vars(args) | standard))
-            seconds = seconds_of(job, *paces[args.model, args.task])
+                known[args.model, args.task] = recipe, *pace(Namespace(**vars(args) | standard), recipe)
+            seconds = seconds_of(job, args, *known[args.model, args.task])
             line, total = f"{line}  about {minutes(seconds)}", total + seconds
         print(line, flush=True)
     left = sum(not job.finished for job in jobs)
@@ -242,8 +261,8 @@ def run_all(jobs, at_once):
             for process in [process for process in running if process.poll() is not None]:
                 job, done, said = running.pop(process), done + 1, "done"
                 if process.returncode != 0:
-                    said = f"failed: {last_line(job)}"
                     failures.append((job.folder, last_line(job)))
+                    said = f"failed: {failures[-1][1]}"
                 print(f"[{done}/{total}] {job.folder}: {said}", flush=True)
     except KeyboardInterrupt:
         stop(running)
@@ -291,19 +310,24 @@ def reproduce(args, more):
         raise InputError("--data, --checkpoint, --tokenizer and --model go together: a checkpoint belongs to one model")
     if args.seeds < 1 or args.jobs is not None and args.jobs < 1:
         raise InputError("--seeds and --jobs must be at least 1")
+    if "--dry-run" in more:
+        raise InputError("--dry-run belongs before the --: after it no run would train")
     at_once = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        jobs = plan(args, more)
+        jobs, fingerprint_of = plan(args, more), functools.cache(fingerprint)
         for job in jobs:
-            if job.finished and not job.english:
-                check_finished(job)
+            if job.finished:
+                check_finished(job, fingerprint_of)
         if args.dry_run:
             print_plan(jobs, at_once)
             return 0
+        for folder in (args.runs, args.report):
+            with files.writing(folder):
+                os.makedirs(folder, exist_ok=True)
         failures = run_all(jobs, at_once)
         runs = [analysis.read_run(job.folder) for job in jobs if job.finished]
-        if not any(not run.args.few_shot for run in runs):
+        if all(run.args.few_shot for run in runs):
             raise InputError("no run was finished: " + "; ".join(f"{folder}: {line}" for folder, line in failures))
         write_report(runs, args.report, failures)
     except KeyboardInterrupt:
@@ -409,9 +433,11 @@ def write_report(runs, out, failures):
     said = []
     for (model, task), arms in analysis.grouped(runs).items():
         said += findings(model, task, arms | analysis.post_hoc_arms(model, task, arms.get("standard", {}))[0])
-    deviations = {title(*run.pair): files.read_json(os.path.join(run.folder, "args.json"))["not_as_in_the_paper"]
-                  for run in english}
-
+    deviations = defaultdict(dict)  # model and task -> what any of its runs had, as ordered keys
+    for run in english:
+        path = os.path.join(run.folder, "args.json")
+        changed = files.expect(files.read_json(path), "not_as_in_the_paper", list, path)
+        deviations[title(*run.pair)] |= dict.fromkeys(map(str, changed))
     lines = ["# Scheduled unfreezing: report", ""]
     lines += ["Written by `python analysis.py reproduce`. Every table is also a CSV file in this folder.", ""]
     lines += [MINIATURE, ""] if english[0].args.miniature else []

@@ -113,7 +113,8 @@ def cell(content, digits):
 
 def publish(table, out):
     """Print a table, write its CSV file and its figure to the folder `out`. -> its Markdown."""
-    os.makedirs(out, exist_ok=True)
+    with files.writing(out):
+        os.makedirs(out, exist_ok=True)
     print(f"\n{as_text(table)}")
     write_csv(table, os.path.join(out, f"{table.name}.csv"))
     drawn = bool(table.panels) and draw(table, os.path.join(out, f"{table.name}.png"))

@@ -26,6 +26,7 @@ import reproduce
 import tables
 import train
 from analysis import at_english
+from files import InputError
 from model import read_checkpoint
 from tables import pearson, sign_test, t_interval
 
@@ -293,6 +294,9 @@ def test_pictures_say_what_is_drawn(edited, capsys):
     arms = {"standard": {0: 1, 1: 1}, "decay0.9": {0: 1}, "decay0.8": {0: 1, 1: 1}}
     [panel] = analysis.decay_panels(dict.fromkeys(arms, 50.0), arms, "accuracy (%)")
     assert list(panel["lines"]) == ["layer-wise decay (1 to 2 seeds)", "standard (2 seeds)"]
+    frozen = {"decay0.9": {0: 1}, "decay0.9-frozen-embeddings": {0: 1}, "decay1e-05": {0: 1}}
+    [line] = analysis.decay_panels(dict.fromkeys(frozen, 50.0), frozen, "accuracy (%)")[0]["lines"].values()
+    assert line[0] == [1e-05, 0.9]  # the one with frozen embeddings is another strategy
     table = analysis.tables(runs)
     assert [one.title for one in table] == ["Table 1: English, and the mean of the other languages, miniature",
                                             "Table 5: xGQA by language, miniature"]
@@ -346,6 +350,23 @@ def test_fewshot(runs, tmp_path, monkeypatch):
         row = row_of("report/fewshot-uc2-xgqa-48.csv", name=strategy)
         assert (float(row["zero-shot"]), float(row["few-shot"])) == (before, after)
         assert row_of("report/fewshot-uc2-xgqa-48.csv", name=f"{strategy}: paper")["few-shot"] == printed
+
+
+def test_fewshot_finds_its_english_run(edited, runs, tmp_path, monkeypatch, capsys):
+    """By its weights: where the path of --init leads to another run of that name, it is the one beside."""
+    for name in ("uc2-xgqa-standard-seed0", "uc2-xgqa-standard-seed0-de48"):
+        shutil.copytree(runs / name, tmp_path / "moved" / name)
+    few_shot, english = tmp_path / "moved" / "uc2-xgqa-standard-seed0-de48", tmp_path / "moved" / "uc2-xgqa-standard-seed0"
+    stored = read(few_shot / "args.json")
+    stored["args"]["init"] = "runs/uc2-xgqa-standard-seed0"
+    (few_shot / "args.json").write_text(json.dumps(stored))
+    shutil.copytree(runs / "uc2-xgqa-suf-seed0", tmp_path / "runs" / "uc2-xgqa-standard-seed0")
+    monkeypatch.chdir(tmp_path)
+    before = read(english / "results.json")["languages"]["de"]["accuracy"]
+    analyse("fewshot", few_shot)
+    assert float(row_of("report/fewshot-uc2-xgqa-48.csv", name="standard")["zero-shot"]) == before
+    shutil.copy(tmp_path / "runs" / english.name / "model.pt", english)  # trained again since
+    assert "the English run that it started from is neither" in refused(capsys, "fewshot", few_shot)
 
 
 def test_strategies(runs, small, edited, tmp_path, capsys):
@@ -440,11 +461,16 @@ def test_runs_that_cannot_be_used(runs, edited, tmp_path, capsys):
                                                               runs / "uc2-xflickrco-standard-seed0")
     assert "give runs on xgqa or xvnli" in refused(capsys, "types", runs / "uc2-xflickrco-standard-seed0")
     assert "none of these runs is a few-shot run" in refused(capsys, "fewshot", run)
+    assert "nothing: not the folder of a run" in refused(capsys, "tables", run, "--", tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    assert "file: cannot be written" in refused(capsys, "tables", run, "--out", tmp_path / "file")
     assert "none of these runs is one on English" in refused(capsys, "tables", runs / "uc2-xgqa-suf-seed0-de48")
 
     stored = read(run / "args.json")
     (run / "args.json").write_text(json.dumps(stored | {"recipe": stored["recipe"] | {"lr": 0.5}}))
     assert "cannot share a table: they differ in lr" in refused(capsys, "tables", folder)
+    (run / "args.json").write_text(json.dumps(stored | {"args": stored["args"] | {"precision": "bf16"}}))
+    assert "cannot share a table: they differ in precision" in refused(capsys, "tables", folder)
     (run / "args.json").write_text(json.dumps(stored))
     results = read(run / "results.json")
     del results["languages"]["bn"]
@@ -555,9 +581,49 @@ def test_runs_of_another_kind_are_told(runs, small, tmp_path, capsys):
     error = refused(capsys, *reproduce_command(small, tmp_path, "--strategies", "standard,suf"))
     assert "a finished run with limit 64, the report's has 128" in error
     assert not (tmp_path / "cclm-xgqa-suf-seed0").exists()
+    (run / "args.json").write_text(json.dumps(stored | {"fingerprints": dict.fromkeys(stored["fingerprints"], "0")}))
+    error = refused(capsys, *reproduce_command(small, tmp_path, "--strategies", "standard", "--dry-run"))
+    assert f"{run}: a finished run that did not read {small / 'cclm.pt'} as it is now" in error
 
 
-def test_dry_run(runs, small, capsys):
+def test_few_shot_runs_of_another_english_run_are_told(runs, small, tmp_path, capsys):
+    folder = tmp_path / "uc2-xgqa-standard-seed0-de48"
+    shutil.copytree(runs / folder.name, folder)
+    command = reproduce_command(small, tmp_path, "--model", "uc2", "--checkpoint", str(small / "uc2.pt"), "--strategies",
+                                "standard,fewshot", "--seeds", "1")[:-3]
+    error = refused(capsys, *command)
+    assert f"{folder}: a finished run that did not read {tmp_path / 'uc2-xgqa-standard-seed0' / 'model.pt'}" in error
+
+
+def test_strategies_that_flags_of_train_make_the_same(small, tmp_path):
+    args = analysis.parse_args(reproduce_command(small, tmp_path, "--seeds", "1")[:-3])
+    folders = [job.folder for job in reproduce.plan(args, ["--freeze", "embeddings"])]
+    assert f"{tmp_path}/cclm-xgqa-suf-frozen-embeddings-seed0" in folders and len(folders) == len(set(folders))
+
+
+def test_recipe_of_the_report(edited, tmp_path, monkeypatch):
+    """What any run has beside the paper's numbers, whichever strategy comes last."""
+    folder = edited({f"cclm-xgqa-{name}-seed0": [(50, 44), (70, 40)] for name in ("standard", "suf")}
+                    | {"cclm-xgqa-decay0.88-seed0": [(60, 30)]})
+    for name, changed in (("standard", ["lr 1"]), ("suf", ["lr 1", "suf_k 1"]), ("decay0.88", ["lr 1"])):
+        path = folder / f"cclm-xgqa-{name}-seed0" / "args.json"
+        path.write_text(json.dumps(read(path) | {"not_as_in_the_paper": changed}))
+    for name in ("tables", "strategies", "curves", "types", "alignment"):
+        monkeypatch.setattr(analysis, name, lambda runs: [])
+    monkeypatch.setattr(analysis, "post_hoc_arms", lambda *_: ({}, []))
+    (tmp_path / "report").mkdir()
+    reproduce.write_report(analysis.find_runs([folder])[::-1], tmp_path / "report", [])
+    assert "- CCLM on xGQA, not as in the paper: lr 1; suf_k 1\n" in (tmp_path / "report" / "report.md").read_text()
+    path.write_text(json.dumps({name: part for name, part in read(path).items() if name != "not_as_in_the_paper"}))
+    with pytest.raises(InputError, match="args.json: no field 'not_as_in_the_paper'"):
+        reproduce.write_report(analysis.find_runs([folder]), tmp_path / "report", [])
+
+
+def test_dry_run(runs, small, capsys, monkeypatch):
+    checkpoints, records = MagicMock(wraps=read_checkpoint), MagicMock(wraps=data.read_records)
+    monkeypatch.setattr(reproduce, "read_checkpoint", checkpoints)
+    monkeypatch.setattr(data, "read_records", records)
+    reproduce.record_count.cache_clear()
     with pytest.raises(SystemExit) as end:
         analyse(*reproduce_command(small, runs, "--seeds", "2", "--dry-run"))
     assert end.value.code == 0
@@ -569,6 +635,8 @@ def test_dry_run(runs, small, capsys):
     assert [line.split()[1].split("cclm-xgqa-")[1] for line in lines[:-1]] == [f"{name}-seed{seed}" for name in names
                                                                                for seed in (0, 1)]
     assert len(missing) == 17 and lines[-1].startswith("17 of 22 runs to do, ")
+    assert checkpoints.call_count == 2  # and not again for every run: at base size they take long to read
+    assert sum(call.args[2] == "train" for call in records.call_args_list) == 2  # to measure, and to count
 
 
 def test_reproduce_stops_and_goes_on(small, tmp_path):
@@ -588,3 +656,15 @@ def test_reproduce_stops_and_goes_on(small, tmp_path):
 ])
 def test_reproduce_refuses(flags, message, small, tmp_path, capsys):
     assert message in refused(capsys, *reproduce_command(small, tmp_path, *flags))
+
+
+def test_reproduce_refuses_what_would_be_for_nothing(small, tmp_path, capsys, monkeypatch):
+    """Before anything is trained."""
+    monkeypatch.setattr(reproduce, "run_all", lambda *_: pytest.fail("trained"))
+    command = reproduce_command(small, tmp_path / "file")
+    assert "--dry-run belongs before the --" in refused(capsys, *command, "--dry-run")
+    (tmp_path / "file").touch()
+    assert f"{tmp_path / 'file'}: cannot be written (File exists)" in refused(capsys, *command)
+    command[command.index("--runs") + 1] = str(tmp_path / "runs")
+    command[command.index("--report") + 1] = str(tmp_path / "file")
+    assert f"{tmp_path / 'file'}: cannot be written (File exists)" in refused(capsys, *command)
