@@ -490,11 +490,11 @@ def types(runs):
 
 def of_type(results, name, where):
     """Mean over the languages whose questions have types at all."""
-    languages = ["en"] if where == "en" else [language for language in results if language != "en"]
-    found = [results[language]["by_type"][name] for language in languages if name in results[language]["by_type"]]
+    types = [scores["by_type"] for language, scores in results.items() if (language == "en") == (where == "en")]
+    found = [some[name]["accuracy"] for some in types if name in some]
     if not found:
         raise InputError(f"no question of type {name} in any language but English: there is nothing to average")
-    return statistics.fmean(scores["accuracy"] for scores in found)
+    return statistics.fmean(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

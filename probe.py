@@ -92,9 +92,9 @@ def similarity(vectors):
     return torch.einsum("ind,jnd->ij", vectors, vectors).div(vectors.shape[1]).numpy()
 
 
-def unpaired(vectors, draws=100_000, seed=0):
-    """Mean cosine similarity of random pairs of different items, each in a random language."""
-    rng, (languages, items, _) = np.random.default_rng(seed), vectors.shape
+def unpaired(vectors):
+    """Mean cosine similarity of 100,000 random pairs of different items, each in a random language."""
+    rng, draws, (languages, items, _) = np.random.default_rng(0), 100_000, vectors.shape
     first, offset = rng.integers(items, size=draws), rng.integers(1, items, size=draws)
     a, b = (vectors[rng.integers(languages, size=draws), item] for item in (first, (first + offset) % items))
     return float((a * b).sum(1).mean())

@@ -398,8 +398,9 @@ def explain(rivals, standard, suf, metric, gain):
     lines, verdicts = ["Which of the other strategies has SUF's gain too:"], {"as far": [], "short": [], "open": []}
     for strategy, arm in rivals.items():
         margin, english = (t_interval(differences(arm, suf, metric, language)) for language in ("others", "en"))
-        own = differences(arm, standard, metric, "others")
-        share = f"; it has {100 * statistics.fmean(own) / gain.mean:.0f} % of SUF's gain" if own else ""
+        own, gained = (differences({seed: one[seed] for seed in one if seed in other}, standard, metric, "others")
+                       for one, other in ((arm, suf), (suf, arm)))  # on the seeds that all three have
+        share = f"; it has {100 * sum(own) / sum(gained):.0f} % of SUF's gain" if sum(gained) > 0 else ""
         lines.append(f"  - {label(strategy)}, against SUF: {statement(margin, 'it', OTHERS)}; "
                      f"English {english.mean:+.1f}{share}")
         if margin.shown and margin.mean < 0:
