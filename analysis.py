@@ -298,9 +298,9 @@ def tables(runs):
 def baseline_rows(task, runs):
     """What is reached without fine-tuning. Nothing where the runs' data is not the same, or no longer there.
 
-    Accuracy of answers given without looking: the test set's most frequent one, also of each question type, and those of
-    a linear model of English texts; the same for every language, whose items are translations of each other. Retrieval:
-    CCLM's pre-trained heads rank.
+    Accuracy of answers given without looking: the test set's most frequent one, also of each question type, and those
+    of a linear model of English texts; the same for every language, whose items are translations of each other.
+    Retrieval: CCLM's pre-trained heads rank.
     """
     columns, folder = [*data.LANGUAGES[task], "others"], runs[0].args.data
     if any(run.args.data != folder for run in runs) or not os.path.isdir(folder):

@@ -137,7 +137,9 @@ def with_files(args):
 
 
 def check_finished(job, fingerprint_of):
-    """A run that is there already must be one of the report's. InputError if it is another, a line if it lacks something.
+    """InputError if a run that is there already is not one of the report's; a line if it lacks something.
+
+    fingerprint_of: of a file, by path.
     """
     then, wanted = evaluation.read_run(job.folder)[0], parsed(job.flags)
     for name in ("limit", "questions_per_image", "first_image_negatives", *RECIPE_FLAGS):

@@ -356,7 +356,8 @@ def test_fewshot_finds_its_english_run(edited, runs, tmp_path, monkeypatch, caps
     """By its weights: where the path of --init leads to another run of that name, it is the one beside."""
     for name in ("uc2-xgqa-standard-seed0", "uc2-xgqa-standard-seed0-de48"):
         shutil.copytree(runs / name, tmp_path / "moved" / name)
-    few_shot, english = tmp_path / "moved" / "uc2-xgqa-standard-seed0-de48", tmp_path / "moved" / "uc2-xgqa-standard-seed0"
+    english = tmp_path / "moved" / "uc2-xgqa-standard-seed0"
+    few_shot = tmp_path / "moved" / f"{english.name}-de48"
     stored = read(few_shot / "args.json")
     stored["args"]["init"] = "runs/uc2-xgqa-standard-seed0"
     (few_shot / "args.json").write_text(json.dumps(stored))
@@ -564,7 +565,7 @@ def test_reproduce(runs, small, tmp_path, capsys):
 
 
 def test_a_model_that_never_sees_the_image(tiny):
-    """On XVNLI words alone tell nothing (a third is right); on xGQA they tell the kind of answer, and half of yes or no."""
+    """On XVNLI words alone tell nothing (a third is right); on xGQA they tell the kind of answer, half of yes or no."""
     records = {task: analysis.data.read_records(tiny / "data", task, "test")[1] for task in ("xvnli", "xgqa")}
     right = {task: analysis.blind_model(tiny / "data", task) / len(records[task]) for task in records}
     assert abs(right["xvnli"] - 1 / 3) < 0.07 and 0.38 < right["xgqa"] < 0.55
@@ -591,8 +592,8 @@ def test_runs_of_another_kind_are_told(runs, small, tmp_path, capsys):
 def test_few_shot_runs_of_another_english_run_are_told(runs, small, tmp_path, capsys):
     folder = tmp_path / "uc2-xgqa-standard-seed0-de48"
     shutil.copytree(runs / folder.name, folder)
-    command = reproduce_command(small, tmp_path, "--model", "uc2", "--checkpoint", str(small / "uc2.pt"), "--strategies",
-                                "standard,fewshot", "--seeds", "1")[:-3]
+    command = reproduce_command(small, tmp_path, "--model", "uc2", "--checkpoint", str(small / "uc2.pt"),
+                                "--strategies", "standard,fewshot", "--seeds", "1")[:-3]
     error = refused(capsys, *command)
     assert f"{folder}: a finished run that did not read {tmp_path / 'uc2-xgqa-standard-seed0' / 'model.pt'}" in error
 
