@@ -32,7 +32,7 @@ import uc2
 from files import InputError
 from model import read_checkpoint, select
 from processes import accelerator, from_all_ranks, ranks
-from recipes import CHECKS, COUNT, YES_NO, check_fields, number, one_of, optional, whole
+from recipes import COUNT, YES_NO, check_fields, check_recipe, number, one_of, optional, whole
 
 MODELS = {"cclm": cclm, "uc2": uc2}
 RECALLS = (1, 5, 10)
@@ -423,9 +423,7 @@ def read_run(run):
     if not isinstance(stored, dict) or not {"args", "recipe"} <= stored.keys():
         raise InputError(f"{run}: not the folder of a run of train.py (no args.json that train.py wrote)")
     check_fields(stored["args"], ARGS, f"{path}, args")
-    check_fields(stored["recipe"], CHECKS, f"{path}, recipe")
-    if unknown := [name for name in stored["recipe"] if name not in CHECKS]:
-        raise InputError(f"{path}: not a recipe that this train.py knows (it has {unknown[0]!r})")
+    check_recipe(stored["recipe"], f"{path}, recipe")
     return SimpleNamespace(**stored["args"]), SimpleNamespace(**stored["recipe"])
 
 

@@ -9,7 +9,7 @@ import argparse
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from files import InputError, shorten
 
@@ -132,6 +132,13 @@ def check_fields(record, checks, where):
             raise InputError(f"{where}: {name} is {shorten(record[name])}, expected {expected}")
 
 
+def check_recipe(fields, where):
+    """InputError unless `fields` are those of a recipe, all and no other, each as `CHECKS` says."""
+    check_fields(fields, CHECKS, where)
+    if unknown := [name for name in fields if name not in CHECKS]:
+        raise InputError(f"{where}: unknown field {unknown[0]!r}")
+
+
 def recipe_of(args, config):
     """The paper's recipe, changed by the checkpoint's own, changed by the flags.
 
@@ -143,9 +150,8 @@ def recipe_of(args, config):
     where = f"{args.checkpoint}: the recipe it brings"
     if not isinstance(own, dict):
         raise InputError(f"{where} is no dict by task of dicts")
-    if unknown := [name for name in own if name not in CHECKS]:
-        raise InputError(f"{where} has an unknown entry {unknown[0]!r}")
-    check_fields(own, {name: CHECKS[name] for name in own}, where)
+    check_recipe(asdict(paper) | own, where)
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}  # as the paper's
     flags = {name: getattr(args, name) for name in CHECKS if getattr(args, name, None) is not None}
     recipe = replace(paper, **own | flags)
     sees = args.model == "cclm"  # UC2 reads region features
@@ -153,10 +159,13 @@ def recipe_of(args, config):
             "image_size": sees, "augment": sees, "drop_path": sees, "vision_lr": sees}
     source = {name: "flag" if name in flags else "checkpoint" for name in own | flags if used.get(name, True)}
 
-    def shown(value):
-        return f"{value:.3g}" if isinstance(value, float) else "as lr" if value is None else str(value)
+    def shown(some, name):
+        value = getattr(some, name)
+        if value is None:
+            return "as lr" if name.endswith("_lr") else "none"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    changed = [f"{name} {shown(getattr(recipe, name))} ({source[name]}; paper {shown(getattr(paper, name))})"
+    changed = [f"{name} {shown(recipe, name)} ({source[name]}; paper {shown(paper, name)})"
                for name in source if getattr(recipe, name) != getattr(paper, name)]
     return recipe, changed
 
@@ -253,17 +262,22 @@ def parse_args(argv, description):
 
 
 def check_args(parser, args):
-    """Refuse what contradicts itself."""
+    """Refuse what contradicts itself, fill in what is frozen."""
+    if args.freeze is None:
+        args.freeze = ["embeddings"] if args.train_top is not None else []
     brought = ("data", "checkpoint", "tokenizer")
     given = [flag for flag in brought if getattr(args, flag)]
     few_shot = [flag for flag in ("few_shot", "shots", "init") if getattr(args, flag)]
     if few_shot and len(few_shot) < 3:
         parser.error("--few-shot LANG, --shots N and --init RUN go together")
-    if few_shot and (given or args.model or args.task):
-        parser.error("--init RUN brings model, task, data, checkpoint and tokenizer with it")
+    if few_shot and (given or args.model or args.task or args.image_cache):
+        parser.error("--init RUN brings model, task, data, checkpoint, tokenizer and image cache with it")
     if few_shot and (strategy_name(args) != "standard" or args.dry_run):
         parser.error(
             "few-shot training takes no strategy (section 5.4: they belong to the English run) and no --dry-run")
+    if few_shot and (args.vision_lr or args.embedding_lr or args.eval_every_epoch or args.save_epochs):
+        parser.error("few-shot training has one rate for all parts and keeps the best epoch: --vision-lr, "
+                     "--embedding-lr, --eval-every-epoch and --save-epochs do not go with it")
     if not few_shot and not (args.model and args.task):
         parser.error("--model and --task are required")
     if given and len(given) < 3:
@@ -281,14 +295,12 @@ def check_args(parser, args):
         parser.error(f"--lr-decay must be at most 1, got {args.lr_decay}")
     if min(args.workers, args.seed, args.train_top or 0) < 0:
         parser.error("--workers, --seed and --train-top must not be negative")
-    if args.freeze is None:
-        args.freeze = ["embeddings"] if args.train_top is not None else []
 
 
 def contradiction(args):
     """What the flags ask of a model and task that have no such thing, or None."""
     uc2, retrieval = args.model == "uc2", args.task == "xflickrco"
-    asked = {"--freeze vision": uc2 and "vision" in (args.freeze or []), "--vision-lr": uc2 and args.vision_lr,
+    asked = {"--freeze vision": uc2 and "vision" in args.freeze, "--vision-lr": uc2 and args.vision_lr,
              "--image-cache": uc2 and args.image_cache}
     if flag := next((flag for flag in asked if asked[flag]), None):
         return f"{flag}: UC2 has no image encoder, it reads region features"
@@ -309,5 +321,6 @@ def strategy_name(args):
         name = f"decay{args.lr_decay:g}"
     if args.train_top is not None:
         name = f"top{args.train_top}"
-    usual = {"embeddings"} if args.train_top is not None else set()
-    return "-".join([name, *(f"frozen-{group}" for group in sorted(set(args.freeze or []) - usual))])
+    frozen, usual = set(args.freeze), {"embeddings"} if args.train_top is not None else set()
+    changes = [f"frozen-{group}" for group in sorted(frozen - usual)]
+    return "-".join([name, *changes, *(f"trained-{group}" for group in sorted(usual - frozen))])

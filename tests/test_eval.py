@@ -131,7 +131,7 @@ def test_features_of_another_width(run, tiny, tmp_path):
     ("args.json", lambda stored: stored | {"args": []}, "args.json, args: expected an object"),
     ("args.json", lambda stored: stored | {"recipe": []}, "args.json, recipe: expected an object"),
     ("args.json", lambda stored: stored | {"recipe": {"epochs": 2}}, "args.json, recipe: no field 'batch_size'"),
-    ("args.json", lambda stored: stored["recipe"].update(speed=1), "args.json: not a recipe that this train.py knows"),
+    ("args.json", lambda stored: stored["recipe"].update(speed=1), "args.json, recipe: unknown field 'speed'"),
     ("args.json", lambda stored: stored["args"].__delitem__("miniature"), "args.json, args: no field 'miniature'"),
     *(("args.json", lambda stored, part=part, name=name, value=value: stored[part].update({name: value}),
        f"args.json, {part}: {name} is {value!r}, expected ")

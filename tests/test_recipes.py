@@ -50,7 +50,7 @@ def test_a_checkpoint_brings_a_wrong_recipe(name, value):
     ("lr", 1), ("vision_lr", None), ("weight_decay", 0), ("warmup", 0.0), ("betas", [0, 0.999]), ("clip", None),
     ("dropout", 0), ("augment", False), ("few_shot_lrs", (1e-3,)), ("clean", ""), ("test_tokens", 3)])
 def test_a_checkpoint_brings_a_right_recipe(name, value):
-    assert getattr(own_recipe({name: value})[0], name) == value
+    assert getattr(own_recipe({name: value})[0], name) == (tuple(value) if isinstance(value, list) else value)
 
 
 def test_recipes_in_use_are_right():
@@ -69,3 +69,32 @@ def test_what_is_not_as_in_the_paper_is_told_where_it_applies():
                          ({"few_shot": "de"}, ["few_shot_lrs", "few_shot_epochs", "image_size", "epochs"])):
         recipe, changed = own_recipe(own, **flags)
         assert [line.split()[0] for line in changed] == names and recipe.suf_k == 1
+
+
+def test_what_is_not_as_in_the_paper_is_told_rightly():
+    """None is "as lr" for rates alone; a list of the paper's numbers is the paper's tuple."""
+    assert own_recipe({"vision_lr": None})[1] == ["vision_lr as lr (checkpoint; paper 2e-05)"]
+    assert own_recipe({"test_tokens": 40})[1] == ["test_tokens 40 (checkpoint; paper none)"]
+    assert own_recipe({"clip": None}, model="uc2")[1] == ["clip none (checkpoint; paper 1)"]
+    assert own_recipe({"betas": [0.9, 0.98]})[1] == []
+    assert own_recipe({"betas": [0.9, 0.99]})[1] == ["betas (0.9, 0.99) (checkpoint; paper (0.9, 0.98))"]
+
+
+@pytest.mark.parametrize("flags, name", [
+    ([], "standard"), (["--suf"], "suf"), (["--suf", "2", "--order", "random"], "suf2-random"),
+    (["--suf", "--freeze", "vision", "embeddings"], "suf-frozen-embeddings-frozen-vision"),
+    (["--lr-decay", "0.5"], "decay0.5"), (["--train-top", "6"], "top6"),
+    (["--train-top", "6", "--freeze"], "top6-trained-embeddings"),
+    (["--train-top", "6", "--freeze", "vision"], "top6-frozen-vision-trained-embeddings")])
+def test_strategies_have_names_of_their_own(flags, name):
+    args = recipes.parse_args(["--model", "cclm", "--task", "xgqa", *flags], None)
+    assert recipes.strategy_name(args) == name
+
+
+@pytest.mark.parametrize("flags", [["--vision-lr", "1e-5"], ["--embedding-lr", "1e-5"], ["--eval-every-epoch"],
+                                   ["--save-epochs"], ["--image-cache", "cache"], ["--suf"], ["--model", "uc2"]])
+def test_what_few_shot_training_would_ignore_is_refused(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        recipes.parse_args(["--few-shot", "de", "--shots", "48", "--init", "run", *flags], None)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and ("few-shot" in error or "--init RUN brings" in error)

@@ -401,7 +401,7 @@ def test_damaged_states_are_told(tiny, tmp_path):
     stored = json.loads((tmp_path / "none" / "args.json").read_text())
     (tmp_path / "none" / "args.json").write_text(json.dumps(stored | {"recipe": stored["recipe"] | {"speed": 1}}))
     few_shot = ["train.py", "", "--few-shot", "ar", "--shots", "5", "--init", str(tmp_path / "none")]
-    assert "args.json: not a recipe that this train.py knows" in refused(few_shot)
+    assert "args.json, recipe: unknown field 'speed'" in refused(few_shot)
 
 
 def test_numbers_that_go_wrong_stop_the_run(tiny, tmp_path):
