@@ -118,12 +118,21 @@ def start_folder(args, recipe, changed, model, examples, inputs, more=0):
         weights = 4 * sum(parameter.numel() for parameter in model.parameters())  # bytes
         kept = more + (recipe.epochs if args.save_epochs else 0)
         # last.pt beside its predecessor, with Adam's state; model.pt
-        check_space(args.run, weights * (3 + 3 + 1 + kept))
+        make_folder(os.path.join(args.run, "predictions"))
+        files.require_space(args.run, weights * (3 + 3 + 1 + kept))
         paths = {name: os.path.abspath(getattr(args, name)) for name in ("data", "checkpoint", "tokenizer")}
         files.write_json(os.path.join(args.run, "args.json"),
                         {"args": vars(args) | paths, "recipe": asdict(recipe), "not_as_in_the_paper": changed,
                          "versions": versions(), "fingerprints": {path: fingerprint(path) for path in inputs}})
     return settings
+
+
+def make_folder(path):
+    """A folder, with those above it, where there is none. InputError where it cannot be made."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror})") from None
 
 
 def input_files(args, examples, tests, *pictures):
@@ -138,19 +147,13 @@ def input_files(args, examples, tests, *pictures):
     return paths
 
 
+def first_weights(args):
+    """The file with the weights that training starts from."""
+    return os.path.join(args.init, "model.pt") if args.few_shot else args.checkpoint
+
+
 def label_map(args):
     return os.path.join(args.data, "gqa", "annotations", "trainval_ans2label.json")
-
-
-def check_space(folder, needed):
-    """InputError unless `folder` can be made and written, and `needed` bytes are free there."""
-    try:
-        os.makedirs(os.path.join(folder, "predictions"), exist_ok=True)
-        files.write(os.path.join(folder, ".writable"), lambda file: file.write(b"x"))
-        os.remove(os.path.join(folder, ".writable"))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write there ({error.strerror})") from None
-    files.require_space(folder, needed)
 
 
 FLAGS = ("model", "task", "suf", "lr_decay", "train_top", "freeze", "order", "seed", "limit", "questions_per_image",
@@ -166,12 +169,22 @@ def settings_of(args, recipe, source):
     settings = {name: getattr(args, name) for name in FLAGS} | json.loads(json.dumps(asdict(recipe)))
     settings |= {"image cache": args.image_cache is not None,  # crops come from resized images
                  "processes x accumulation": processes * args.grad_accum, "training file": fingerprint(source),
-                 "tokenizer": fingerprint(args.tokenizer)}
+                 "tokenizer": fingerprint(args.tokenizer), "first weights": fingerprint(first_weights(args))}
     if args.task == "xgqa":
         settings["label map"] = fingerprint(label_map(args))
-    if args.task == "xflickrco":  # the other processes' images and captions are negatives
+    if args.model == "cclm" and args.task == "xflickrco":  # the other processes' images and captions are negatives
         settings["processes"] = processes
     return settings
+
+
+def check_same(run, then, now):
+    """InputError for the first of the settings `now` that was another one `then`.
+
+    Compared as they are told: --suf alone, which is True, is not --suf 1.
+    """
+    for name, value in now.items():
+        if str(then.get(name)) != str(value):
+            raise InputError(f"{run}: cannot resume with other settings: {name} was {then.get(name)}, now {value}")
 
 
 def resume(run, settings, model=None, optimizer=None):
@@ -190,20 +203,16 @@ def resume(run, settings, model=None, optimizer=None):
         then, step = dict(state["settings"]), operator.index(state["step"])
         if step < 1:
             raise ValueError(f"step {step}")
-        different = [name for name in settings if then.get(name) != settings[name]]
-        if model is not None and not different:
+        check_same(run, then, settings)
+        if model is not None:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             for parameter, moments in optimizer.state.items():
                 if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                     raise ValueError("shapes of the optimizer's state")
+    except InputError:
+        raise
     except Exception as error:  # whatever a damaged file makes torch raise
         raise InputError(f"{path}: not a readable state, or a truncated one ({type(error).__name__}); "
                          "without it, --resume starts over") from None
-    if different:
-        raise other_setting(run, different[0], then.get(different[0]), settings[different[0]])
     return step
-
-
-def other_setting(run, name, then, now):
-    return InputError(f"{run}: cannot resume with other settings: {name} was {then}, now {now}")

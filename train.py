@@ -51,8 +51,10 @@ from run_folder import (
     FLAGS,
     RECIPE_FLAGS,
     Log,
+    check_same,
+    fingerprint,
+    first_weights,
     input_files,
-    other_setting,
     resume,
     start_folder,
     write_tensors,
@@ -171,7 +173,7 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
     states = on_all_ranks(resume, args.run, settings, model, optimizer) if args.resume else [0]
     if len(set(states)) > 1:
         raise InputError(f"{args.run}: the processes see different last.pt; their run folder must be a shared one")
-    first = done = states[0]
+    first = states[0]
     if first > total:
         raise InputError(f"{args.run}: its last.pt is from step {first} of {total}, which cannot be")
     log = Log(args.run, first) if rank == 0 else None
@@ -236,6 +238,8 @@ def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
                          "step": done}
                 write_tensors(os.path.join(args.run, "last.pt"), state)
             if stopping:
+                if dist.is_initialized():
+                    dist.barrier()  # where one process has ended, torchrun ends the others, even while they save
                 say(f"stopped and saved after step {done} of {total}; the same command with --resume goes on")
                 sys.exit(128 + stop.number)
             if done % steps == 0:
@@ -498,9 +502,11 @@ def finished(args):
     if not args.resume or not os.path.isfile(os.path.join(args.run, "results.json")):
         return False
     then = evaluation.read_run(args.run)[0]
-    for name in (*FLAGS, "miniature", *RECIPE_FLAGS, "few_shot", "shots"):
-        if getattr(then, name, None) != getattr(args, name):
-            raise other_setting(args.run, name, getattr(then, name, None), getattr(args, name))
+    check_same(args.run, vars(then),
+               {name: getattr(args, name) for name in (*FLAGS, "miniature", *RECIPE_FLAGS, "few_shot", "shots")})
+    weights = first_weights(args)
+    if os.path.isfile(weights) and fingerprint(weights) not in evaluation.fingerprints(args.run).values():
+        raise InputError(f"{args.run}: cannot resume with other settings: it did not start from {weights}")
     results = evaluation.read_results(args.run)
     say(f"{args.run} is complete\n{evaluation.table(results['task'], results['languages'])}")
     return True
@@ -571,8 +577,7 @@ def run_few_shot(args):
         evaluation.introduce(model, tokenizer, labels)
         return model
 
-    english_weights = os.path.join(args.init, "model.pt")
-    english_model = load(english_weights)
+    english_model = load(first_weights(args))
     examples, dataset = training_data(args, recipe, tokenizer, labels, "few-shot")
     recipe = replace(recipe, batch_size=min(recipe.batch_size, len(examples)), vision_lr=None, embedding_lr=None)
     development = development_data(args, recipe, tokenizer, labels)
@@ -580,7 +585,7 @@ def run_few_shot(args):
     evaluation.check_features(english_model, dataset.pictures, development.pictures, tests.pictures)
     accumulation(args, recipe, examples)
     inputs = input_files(args, examples, tests, dataset.pictures, tests.pictures)
-    inputs += [part.source for part in development.examples.values()] + [english_weights]
+    inputs += [part.source for part in development.examples.values()] + [first_weights(args)]
     # best.pt, and last.pt with Adam's state, of every rate
     on_all_ranks(start_folder, args, recipe, [], english_model, examples, inputs, 4 * len(recipe.few_shot_lrs))
     say(f"{args.model} on {args.task}, {args.few_shot}: {len(examples):,} examples on {len(examples.image_keys):,} "
@@ -619,7 +624,7 @@ def few_shot_rate(args, recipe, load, examples, dataset, development, device):
     """
     folder = os.path.join(args.run, f"lr-{recipe.lr:g}")
     args = argparse.Namespace(**vars(args) | {"run": folder})
-    model = load(os.path.join(args.init, "model.pt"))
+    model = load(first_weights(args))
 
     def scores():
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
@@ -629,10 +634,10 @@ def few_shot_rate(args, recipe, load, examples, dataset, development, device):
         results, _ = evaluation.evaluate(model, development, device, args.precision, args.workers)
         values = [result[name] for result in results.values() for name, _ in evaluation.headline(args.task)]
         if log:
-            log.sync()
             if sum(values) / len(values) > max(scores(), default=-1.0):
                 write_weights(os.path.join(folder, "best.pt"), model)
             log.add(step=step, epoch=epoch + 1, development=sum(values) / len(values))
+            log.sync()
 
     settings, *_ = on_all_ranks(start_folder, args, recipe, [], model, examples, [examples.source])
     fit(model, examples, dataset, args, recipe, settings, device, after_epoch)

@@ -404,6 +404,38 @@ def test_damaged_states_are_told(tiny, tmp_path):
     assert "args.json, recipe: unknown field 'speed'" in refused(few_shot)
 
 
+def test_what_a_run_started_from_is_not_exchanged(tiny, tmp_path):
+    """Another pace of SUF (--suf alone is True, which Python takes for 1), another checkpoint, for few-shot another
+    English run: not resumed, whether the run is complete or not, and not taken for the run asked for.
+    """
+    file = torch.load(tiny / "uc2.pt", weights_only=True)
+    file["config"]["recipe"]["xvnli"] = file["config"]["recipe"]["xvnli"] | {"suf_k": 3}
+    torch.save(file, tmp_path / "three.pt")
+    next(tensor for tensor in file["model"].values() if tensor.is_floating_point()).mul_(2)
+    torch.save(file, tmp_path / "other.pt")
+    suf, standard = tmp_path / "suf", tmp_path / "standard"
+    command = [*train_command(tiny, "uc2", "xvnli", suf), "--suf", "--resume", "--checkpoint"]
+    few_shot = ["train.py", "", "--few-shot", "ar", "--shots", "48", "--limit", "32", "--workers", "0",
+                "--run-dir", str(tmp_path / "few"), "--resume", "--init"]
+    run([*command, str(tmp_path / "three.pt")])
+    run(train_command(tiny, "uc2", "xvnli", standard, "--checkpoint", tmp_path / "three.pt"))
+    run([*few_shot, str(suf)])
+    for complete in (True, False):
+        assert "suf was True, now 1" in refused([*command, str(tmp_path / "three.pt"), "--suf", "1"])
+        error = refused([*command, str(tmp_path / "other.pt")])
+        assert f"did not start from {tmp_path / 'other.pt'}" in error if complete else "first weights was" in error
+        error = refused([*few_shot, str(standard)])
+        assert f"did not start from {standard / 'model.pt'}" in error if complete else "first weights was" in error
+        if complete:
+            assert "is complete" in run([*command, str(tmp_path / "three.pt")])
+            assert "is complete" in run([*few_shot, f"{suf}/"])
+            (tmp_path / "few" / "results.json").unlink()
+            shutil.copy(suf / "results.json", tmp_path)
+            (suf / "results.json").unlink()
+    shutil.copy(tmp_path / "results.json", suf)
+    run([*few_shot, str(suf)])
+
+
 def test_numbers_that_go_wrong_stop_the_run(tiny, tmp_path):
     error = refused(train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--lr", "1e30"))
     assert "nonfinite-0.json" in error
@@ -532,6 +564,39 @@ def test_resume_with_other_processes(tiny, tmp_path):
     assert "processes x accumulation was 2, now 1" in refused([*alone, "--grad-accum", "1"])
     run([*alone, "--grad-accum", "2"])
     assert_close_runs(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_no_process_ends_before_what_was_done_is_saved(tiny, tmp_path):
+    """The first process alone gets a signal and is slow to save: the other one waits, or torchrun would end the first
+    as soon as the other one has ended.
+    """
+    command = train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--grad-accum", 1)[2:]
+    (tmp_path / "stopped.py").write_text(f"""import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.dist.init_process_group("gloo")
+write, check = train.write_tensors, train.check_finite
+def slowly(*arguments):
+    time.sleep(2)
+    write(*arguments)
+def signalled(run, step, *rest):
+    if (step, train.ranks()[0]) == (2, 0):
+        os.kill(os.getpid(), signal.SIGTERM)
+train.write_tensors, train.check_finite = slowly, signalled
+train.main({command!r})
+""")
+    done = subprocess.run(torchrun(["python", str(tmp_path / "stopped.py")]), capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode != 0 and "stopped and saved after step 3 of 8" in done.stdout, done.stdout + done.stderr
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("model", ["cclm", "uc2"])
+def test_number_of_processes_is_a_setting_where_they_bring_negatives(model, runs):
+    """UC2's negatives come from a file, whatever the processes: `test_two_processes_equal_one`."""
+    folder, _ = runs(model, "xflickrco")
+    settings = torch.load(folder / "last.pt", weights_only=True)["settings"]
+    assert ("processes" in settings) == (model == "cclm")
 
 
 def test_one_failing_process_ends_all(tiny, tmp_path):
