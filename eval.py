@@ -33,9 +33,11 @@ from files import InputError
 from model import read_checkpoint, select
 from processes import accelerator, from_all_ranks, ranks
 from recipes import COUNT, YES_NO, check_fields, check_recipe, number, one_of, optional, whole
+from run_folder import make_folder
 
 MODELS = {"cclm": cclm, "uc2": uc2}
 RECALLS = (1, 5, 10)
+ID_FIELD = {"xgqa": "questionId", "xvnli": "id"}  # of a prediction
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,8 +144,7 @@ def evaluate(model, evaluation, device, precision="float32", workers=0, image_ba
 
 def mean_zero_shot(results, metric):
     """Mean of a metric over the languages other than English, the training language; None where there is no other."""
-    others = [scores[metric] for language, scores in results.items() if language != "en"]
-    return sum(others) / len(others) if others else None
+    return mean_of_known([scores[metric] for language, scores in results.items() if language != "en"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,11 +157,11 @@ def classify(model, evaluation, device, image_batch, text_batch, workers, _):
         predicted.update(zip(keys, model.predict(*inputs).tolist()))
     predicted = {key: label for part in from_all_ranks(predicted) for key, label in part.items()}
     results, predictions = {}, {}
+    score, key = score_answers if evaluation.task == "xgqa" else score_labels, ID_FIELD[evaluation.task]
     for language, examples in evaluation.examples.items():
         names = [evaluation.names[predicted[language, i]] for i in range(len(examples))]
-        score, entry = (score_answers, answer_entry) if evaluation.task == "xgqa" else (score_labels, label_entry)
         results[language] = score(examples.records, names)
-        predictions[language] = [entry(record, name) for record, name in zip(examples.records, names)]
+        predictions[language] = [{key: record.id, "prediction": name} for record, name in zip(examples.records, names)]
     return results, predictions
 
 
@@ -206,14 +207,6 @@ def by_length(entries, examples, size):
     return (entries[i : i + size] for i in range(0, len(entries), size))
 
 
-def answer_entry(record, name):
-    return {"questionId": record.id, "prediction": name}
-
-
-def label_entry(record, name):
-    return {"id": record.id, "prediction": name}
-
-
 def percent(values):
     return 100 * sum(values) / len(values) if values else None  # of nothing: JSON's null, "-" in a table
 
@@ -224,12 +217,8 @@ def score_answers(records, predictions):
     An answer outside the label map stays in the denominator.
     """
     correct = [prediction in record.answers for record, prediction in zip(records, predictions)]
-    by_type = defaultdict(list)
-    for record, right in zip(records, correct):
-        by_type[record.type].append(right)
     return {"accuracy": percent(correct), "n": len(correct),
-            "by_type": {name: {"accuracy": percent(part), "n": len(part)}
-                        for name, part in sorted(by_type.items()) if name}}
+            "by_type": by_type([record.type for record in records], correct)}
 
 
 def score_labels(records, predictions):
@@ -239,11 +228,17 @@ def score_labels(records, predictions):
     """
     correct = [prediction == record.label for record, prediction in zip(records, predictions)]
     labelled = [right for record, right in zip(records, correct) if record.label != "-"]
-    by_type = {label: [right for record, right in zip(records, correct) if record.label == label]
-               for label in sorted({r.label for r in records} - {"-"})}
+    types = ["" if record.label == "-" else record.label for record in records]
     return {"accuracy": percent(correct), "n": len(correct), "accuracy_labelled": percent(labelled),
-            "n_labelled": len(labelled),
-            "by_type": {name: {"accuracy": percent(part), "n": len(part)} for name, part in by_type.items()}}
+            "n_labelled": len(labelled), "by_type": by_type(types, correct)}
+
+
+def by_type(types, correct):
+    """Accuracy of each type of items, by name; "" is none."""
+    parts = defaultdict(list)
+    for name, right in zip(types, correct):
+        parts[name].append(right)
+    return {name: {"accuracy": percent(part), "n": len(part)} for name, part in sorted(parts.items()) if name}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,24 +482,23 @@ def load_run(run, device, epoch=None):
     return model, tokenizer, labels, args, recipe
 
 
-def chosen_languages(task, names):
-    """"de,ko" -> ["de", "ko"], checked; all of the task's if None."""
-    languages = names.split(",") if names else list(data.LANGUAGES[task])
-    unknown = [language for language in languages if language not in data.LANGUAGES[task]]
-    if unknown:
+def check_known(task, languages):
+    """InputError for a language that the task does not have."""
+    if unknown := [language for language in languages if language not in data.LANGUAGES[task]]:
         raise InputError(f"{task} has no language {unknown[0]!r} (it has {', '.join(data.LANGUAGES[task])})")
-    return languages
 
 
 def score_again(run, languages, split, epoch):
     """Evaluate a run on a split; writes results_SPLIT.json and predictions_SPLIT/ into the run's folder."""
     device = accelerator()
     model, tokenizer, labels, args, recipe = load_run(run, device, epoch)
-    chosen = load_split(args, recipe, tokenizer, labels, split, chosen_languages(args.task, languages))
+    languages = languages.split(",") if languages else data.LANGUAGES[args.task]
+    check_known(args.task, languages)
+    chosen = load_split(args, recipe, tokenizer, labels, split, languages)
     check_features(model, chosen.pictures)
-    results, predictions = evaluate(model, chosen, device, args.precision, args.workers)
     name = split if epoch is None else f"{split}_epoch{epoch}"
-    os.makedirs(os.path.join(run, f"predictions_{name}"), exist_ok=True)
+    make_folder(os.path.join(run, f"predictions_{name}"))
+    results, predictions = evaluate(model, chosen, device, args.precision, args.workers)
     for language, entries in predictions.items():
         files.write_json(os.path.join(run, f"predictions_{name}", f"{language}.json"), entries)
     files.write_json(os.path.join(run, f"results_{name}.json"), {"languages": results})
@@ -514,8 +508,10 @@ def score_again(run, languages, split, epoch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Two runs side by side
 
+DRAWS = 10000  # of the bootstrap
 
-def compare(run_a, run_b, draws=10000):
+
+def compare(run_a, run_b):
     """Print B - A per language and for the mean of the others, each with a 95 % paired bootstrap interval."""
     args_a, args_b = read_run(run_a)[0], read_run(run_b)[0]
     if args_a.task != args_b.task:
@@ -531,12 +527,12 @@ def compare(run_a, run_b, draws=10000):
     print(f"A: {run_a}\nB: {run_b}")
     for name, heading in headline(args_a.task):
         outcomes = [paired_outcomes(run_a, run_b, args_a, language, name) for language in languages]
-        low, high = paired_bootstrap(outcomes, draws)
+        low, high = paired_bootstrap(outcomes, DRAWS)
         lines = [(language, *(result[language][name] for result in results), low[i], high[i])
                  for i, language in enumerate(languages)]
         others = [i for i, language in enumerate(languages) if language != "en"]
         if len(others) > 1:
-            low, high = paired_bootstrap(outcomes, draws, others)
+            low, high = paired_bootstrap(outcomes, DRAWS, others)
             means = (sum(result[languages[i]][name] for i in others) / len(others) for result in results)
             lines.append((name_of_mean(args_a.task, [languages[i] for i in others]), *means, low, high))
         width = max(len(line[0]) for line in lines)
@@ -546,7 +542,7 @@ def compare(run_a, run_b, draws=10000):
 
 
 def paired_outcomes(run_a, run_b, args, language, metric):
-    """-> (clusters [n], B right minus A right [n]): the image of every scored item, and -1, 0 or 1."""
+    """-> (images [n], B right minus A right [n]): the image of every scored item, and -1, 0 or 1."""
     paths = [os.path.join(run, "predictions", f"{language}.json") for run in (run_a, run_b)]
     a, b = (outcomes_of(read_predictions(path), args, language, metric, path) for path in paths)
     if a.keys() != b.keys():
@@ -554,9 +550,9 @@ def paired_outcomes(run_a, run_b, args, language, metric):
         one, other = ("without --limit" if limit is None else f"with --limit {limit}" for limit in limits)
         why = f"one was run {one}, the other {other}" if one != other else "runs on the same test data can be compared"
         raise InputError(f"{paths[1]}: predicts other items than {paths[0]}; {why}")
-    images = {image for image, _ in a.values()}
-    number = {image: i for i, image in enumerate(sorted(images))}
-    return (np.array([number[image] for image, _ in a.values()]),
+    if not a:
+        raise InputError(f"{paths[0]}: no prediction is about an item of the test data")
+    return (np.array([image for image, _ in a.values()]),
             np.array([b[key][1] - a[key][1] for key in a], dtype=float))
 
 
@@ -568,7 +564,7 @@ def outcomes_of(predictions, args, language, metric, path):
         ranked = by_id(some, kind, "rank", int, path)
         return {item: (item.split("#")[0], int(rank == 0)) for item, rank in ranked.items()}
     _, records = data.read_records(args.data, args.task, "test", language)
-    predicted = by_id(enumerate(predictions), "questionId" if args.task == "xgqa" else "id", "prediction", str, path)
+    predicted = by_id(enumerate(predictions), ID_FIELD[args.task], "prediction", str, path)
     return {record.id: (record.image, int(predicted[record.id] in (record.answers or [record.label])))
             for record in records if record.id in predicted}
 
@@ -592,19 +588,22 @@ def by_id(predictions, key, field, kind, path):
     return found
 
 
-def paired_bootstrap(outcomes, draws, mean_of=None, seed=0):
+def paired_bootstrap(outcomes, draws, mean_of=None):
     """95 % percentile interval of the difference in percent, per language, or for the
     mean over the languages `mean_of`.
 
-    outcomes: per language (clusters, differences). Whole images are drawn, with all of their items in all languages:
-    the questions of an image are not independent, and neither are the translations of a question.
+    outcomes: per language (images, differences). Whole images are drawn, with all of their items in all languages:
+    the questions of an image are not independent, and neither are the translations of a question. A language may lack
+    images that others have.
     """
-    count = 1 + max(int(clusters.max()) for clusters, _ in outcomes)
+    every = np.unique(np.concatenate([images for images, _ in outcomes]))
+    numbered = [(np.searchsorted(every, images), differences) for images, differences in outcomes]
+    count = len(every)
     # [languages, images]
-    total = np.stack([np.bincount(clusters, differences, count) for clusters, differences in outcomes])
-    items = np.stack([np.bincount(clusters, minlength=count) for clusters, _ in outcomes])
+    total = np.stack([np.bincount(images, differences, count) for images, differences in numbered])
+    items = np.stack([np.bincount(images, minlength=count) for images, _ in numbered])
     # how often each image is drawn
-    times = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=draws)
+    times = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=draws)
     with np.errstate(invalid="ignore"):
         difference = 100 * (times @ total.T) / (times @ items.T)  # [draws, languages]
     if mean_of is not None:
@@ -664,7 +663,7 @@ def main(argv=None):
     try:
         if args.compare:
             compare(*args.compare)
-        elif args.score:
+        elif args.score is not None:
             score_file(args.score, args.truth)
         else:
             score_again(args.run, args.languages, args.split, args.epoch)

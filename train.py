@@ -359,8 +359,7 @@ def training_data(args, recipe, tokenizer, labels, split):
     if args.task == "xvnli" and args.model == "cclm":
         keep = lambda text, record: record.label != "-"
     examples = data.load_examples(args.data, args.task, split, data.text_rules(recipe), tokenizer,
-                                  args.few_shot or "en",
-                                  args.shots, True, keep, args.limit)
+                                  args.few_shot or "en", args.shots, True, keep, args.limit)
     pictures = evaluation.make_pictures(args, recipe, split, examples.image_keys)
     if args.model == "uc2" and args.task == "xflickrco":
         pools = data.read_hard_negatives(args.data, examples.image_keys)
@@ -368,15 +367,15 @@ def training_data(args, recipe, tokenizer, labels, split):
     if args.task == "xgqa":
         data.check_answers(examples, labels)
     names = labels if args.task == "xgqa" else evaluation.MODELS[args.model].LABELS
+    number = {name: i for i, name in enumerate(names)}
     if args.task == "xflickrco":
         targets = data.contrast_targets(examples)
     elif args.model == "uc2":
-        targets = data.class_targets(examples, {name: i for i, name in enumerate(names)})
+        targets = data.class_targets(examples, number)
     elif args.task == "xgqa":
-        rows = tokenizer(labels)
-        targets = data.answer_targets(examples, {label: rows[i] for i, label in enumerate(labels)})
+        targets = data.answer_targets(examples, dict(zip(labels, tokenizer(labels))))
     else:
-        targets = data.label_targets(examples, {name: i for i, name in enumerate(names)})
+        targets = data.label_targets(examples, number)
     augment = recipe.augment and args.model == "cclm"
     share_images = args.questions_per_image > 1 or args.model == "uc2"  # regions are never augmented
     return examples, data.TrainingBatches(examples, pictures, targets, args.seed, augment, share_images)
@@ -389,9 +388,8 @@ def accumulation(args, recipe, examples):
         raise InputError(f"{examples.source}: {len(examples)} training examples do not fill one batch of {size}; "
                          "use a smaller --batch-size")
     if args.grad_accum is None:
-        fits = [n for n in range(1, size + 1) if size % (processes * n) == 0
-                and size // (processes * n) <= recipe.micro_batch]
-        args.grad_accum = fits[0] if fits else 1
+        args.grad_accum = next((n for n in range(1, size + 1) if size % (processes * n) == 0
+                                and size // (processes * n) <= recipe.micro_batch), 1)
     if size % (processes * args.grad_accum):
         raise InputError(f"a batch of {size} cannot be split evenly over {processes} process(es) x {args.grad_accum} "
                          "accumulation steps")
@@ -563,7 +561,7 @@ def run_few_shot(args):
     args.run, args.layer_order = args.run or f"{args.init.rstrip(os.sep)}-{args.few_shot}{args.shots}", None
     if on_all_ranks(finished, args)[0]:
         return
-    evaluation.chosen_languages(args.task, args.few_shot)
+    evaluation.check_known(args.task, [args.few_shot])
     if args.few_shot == "en":
         raise InputError("--few-shot en: the run has been trained on English")
     if wrong := contradiction(args):

@@ -111,8 +111,11 @@ def test_what_cannot_be_evaluated(run, tmp_path):
     assert "epoch1.pt: no such weights" in refused(folder, "--epoch", 1)
     (folder / "results.json").unlink()
     assert "this run is not finished" in refused("--compare", folder, folder)
+    (folder / "predictions_dev").touch()
+    assert "predictions_dev: cannot write there (File exists)" in refused(folder, "--split", "dev")
     (folder / "model.pt").unlink()
     assert "the run is not finished" in refused(folder)
+    assert "no such file" in refused("--score", "", "--truth", folder / "args.json")
     assert "not the folder of a run of train.py" in refused(tmp_path / "nothing")
 
 
@@ -161,7 +164,9 @@ def test_features_of_another_width(run, tiny, tmp_path):
     ("results.json", lambda results: results.update(languages={}), "have no language in common"),
     ("predictions/fr.json", lambda entries: [], "fr.json: expected a list of predictions"),
     ("predictions/fr.json", lambda entries: {}, "fr.json: expected a list of predictions"),
-    ("predictions/fr.json", lambda entries: [[1]], "fr.json: expected a list of predictions")])
+    ("predictions/fr.json", lambda entries: [[1]], "fr.json: expected a list of predictions"),
+    ("predictions/fr.json", lambda entries: [entry | {"id": f"another {i}"} for i, entry in enumerate(entries)],
+     "fr.json: no prediction is about an item of the test data")])
 def test_damaged_runs(file, edit, message, run):
     folder = run("uc2-xvnli")
     change(folder / file, edit)
@@ -239,6 +244,25 @@ def test_compare_by_hand(run, tiny, capsys):
                         (None, "one was run with --limit 64, the other without --limit")):
         change(b / "args.json", lambda stored: stored["args"].update(limit=limit))
         assert said in refused("--compare", a, b)
+
+
+def test_an_image_counts_as_one_in_all_languages(run, capsys):
+    """B answers the questions about every other image, in German and in Korean, where the first image has no questions:
+    the mean varies as the languages do, which vary together.
+    """
+    a, b = run("cclm-xgqa", "a"), run("cclm-xgqa", "b")
+    _, records = data.read_records(evaluation.read_run(a)[0].data, "xgqa", "test", "de")
+    images = sorted({record.image for record in records[:64]})
+    for folder in (a, b):
+        for language in data.LANGUAGES["xgqa"]:
+            right = set(images[::2]) if folder == b and language in ("de", "ko") else ()
+            entries = [{"questionId": record.id, "prediction": next(iter(record.answers)) if record.image in right else "?"}
+                       for record in records[:64] if language != "ko" or record.image != images[0]]
+            (folder / "predictions" / f"{language}.json").write_text(json.dumps(entries))
+    rows = compared(capsys, a, b)
+    german, korean, mean = (rows["accuracy", name] for name in ("de", "ko", "mean of 7 others"))
+    together = (german[4] - german[3] + korean[4] - korean[3]) / 7
+    assert mean[4] - mean[3] == pytest.approx(together, rel=0.1) and together > 5
 
 
 def test_runs_tested_on_different_data_are_not_compared(run, capsys):
