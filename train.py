@@ -631,17 +631,19 @@ def few_shot_rate(args, recipe, load, examples, dataset, development, device):
     def after_epoch(epoch, step, log):
         results, _ = evaluation.evaluate(model, development, device, args.precision, args.workers)
         values = [result[name] for result in results.values() for name, _ in evaluation.headline(args.task)]
+        score = sum(values) / len(values)
         if log:
-            if sum(values) / len(values) > max(scores(), default=-1.0):
+            if score > max(scores(), default=-1.0):
                 write_weights(os.path.join(folder, "best.pt"), model)
-            log.add(step=step, epoch=epoch + 1, development=sum(values) / len(values))
+            log.add(step=step, epoch=epoch + 1, development=score)
             log.sync()
 
     settings, *_ = on_all_ranks(start_folder, args, recipe, [], model, examples, [examples.source])
     fit(model, examples, dataset, args, recipe, settings, device, after_epoch)
     if dist.is_initialized():
         dist.barrier()  # the log is complete for all who read it
-    return max(scores()), scores().index(max(scores())) + 1, folder
+    found = scores()
+    return max(found), found.index(max(found)) + 1, folder
 
 
 def main(argv=None):
