@@ -256,7 +256,8 @@ def test_an_image_counts_as_one_in_all_languages(run, capsys):
     for folder in (a, b):
         for language in data.LANGUAGES["xgqa"]:
             right = set(images[::2]) if folder == b and language in ("de", "ko") else ()
-            entries = [{"questionId": record.id, "prediction": next(iter(record.answers)) if record.image in right else "?"}
+            entries = [{"questionId": record.id,
+                        "prediction": next(iter(record.answers)) if record.image in right else "?"}
                        for record in records[:64] if language != "ko" or record.image != images[0]]
             (folder / "predictions" / f"{language}.json").write_text(json.dumps(entries))
     rows = compared(capsys, a, b)

@@ -385,8 +385,8 @@ def test_damaged_states_are_told(tiny, tmp_path):
     _, *others = state["model"]
     some = {name: state["model"][name] for name in others}
     moments = {0: {name: torch.zeros(3) for name in ("step", "exp_avg", "exp_avg_sq")}}
-    for damage in ({"optimizer": []}, {"optimizer": state["optimizer"] | {"state": moments}}, {"step": "x"}, {"step": -3},
-                   {"settings": 1}, {"model": some}):
+    for damage in ({"optimizer": []}, {"optimizer": state["optimizer"] | {"state": moments}}, {"step": "x"},
+                   {"step": -3}, {"settings": 1}, {"model": some}):
         torch.save(state | damage, folder / "last.pt")
         assert "last.pt: not a readable state, or a truncated one" in refused([*command, "--resume"])
     torch.save(state, folder / "last.pt")
