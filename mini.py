@@ -17,7 +17,7 @@ import contextlib
 import functools
 import hashlib
 import os
-import shutil
+import shlex
 import sys
 import tempfile
 
@@ -62,26 +62,28 @@ def write_world(folder, size):
     mark = os.path.join(folder, "made_by.txt")
     code = b"".join(files.read_bytes(module.__file__) for module in (mini_world, mini_languages))
     version = f"{size} {WORLD_SEED} {hashlib.sha256(code).hexdigest()}\n".encode()
-    unfinished = f"{folder}.{os.getpid()}"
-    if os.path.isfile(mark):
-        if files.read_bytes(mark) == version:
-            return
-        print(f"{folder}: of another size or by another version of mini_world.py; writing it anew", flush=True)
-        with contextlib.suppress(FileNotFoundError):  # another process has just done the same
-            os.rename(folder, unfinished)
-            shutil.rmtree(unfinished)
-    elif os.path.exists(folder):
+
+    def is_current():
+        return os.path.isfile(mark) and files.read_bytes(mark) == version
+
+    if is_current():
+        return
+    if os.path.exists(folder) and not os.path.isfile(mark):
         raise InputError(f"{folder}: not a world of the miniature; move it away, the miniature's is written there")
+    parent, name = os.path.split(folder)
     try:
-        mini_world.write_world(unfinished, WORLD_SEED, size, progress=functools.partial(tqdm, dynamic_ncols=True))
-        files.write(os.path.join(unfinished, "made_by.txt"), lambda file: file.write(version))
-        os.rename(unfinished, folder)
+        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=parent, ignore_cleanup_errors=True) as beside:
+            if os.path.isfile(mark):
+                print(f"{folder}: of another size or by another version of mini_world.py; writing it anew", flush=True)
+                with contextlib.suppress(FileNotFoundError):  # another process has just done the same
+                    os.rename(folder, os.path.join(beside, "old"))
+            new = os.path.join(beside, "new")
+            mini_world.write_world(new, WORLD_SEED, size, progress=functools.partial(tqdm, dynamic_ncols=True))
+            files.write(os.path.join(new, "made_by.txt"), lambda file: file.write(version))
+            os.rename(new, folder)
     except OSError as error:
-        if os.path.isfile(mark) and files.read_bytes(mark) == version:  # another process was faster
-            return
-        raise InputError(f"{folder}: cannot write the miniature's world there ({error.strerror})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if not is_current():  # another process was not faster
+            raise InputError(f"{folder}: cannot write the miniature's world there ({error.strerror})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,8 +135,8 @@ def write_checkpoint(path, name, model, tokenizer, size, how):
 def build(names, size, seed, steps, folder):
     """Tokenizer and checkpoints in `folder`; for any world but the embedded one also its data, in `folder`/data."""
     os.makedirs(folder, exist_ok=True)
-    world, tokenizer_path = (WORLD if size == "small" else os.path.join(folder, "data"),
-                             os.path.join(folder, "tokenizer.model"))
+    world = WORLD if size == "small" else os.path.join(folder, "data")
+    tokenizer_path = os.path.join(folder, "tokenizer.model")
     write_world(world, size)
     train_tokenizer(tokenizer_path, size)
     tokenizer = data.Tokenizer(tokenizer_path)
@@ -143,14 +145,14 @@ def build(names, size, seed, steps, folder):
     for name in names:
         model, accuracy = mini_pretrain.pretrain(name, size, tokenizer, seed, steps, device)
         path = os.path.join(folder, f"{name}.pt")
-        how = {"size": size, "seed": seed, "steps": steps}
-        write_checkpoint(path, name, model, tokenizer, size, how)
+        write_checkpoint(path, name, model, tokenizer, size, {"size": size, "seed": seed, "steps": steps})
         print(f"{path}: {os.path.getsize(path) / 1e3:,.0f} kB, "
               f"{sum(p.numel() for p in model.parameters()):,} parameters; "
               "true statements told from false ones: " + ", ".join(f"{l} {a:.0%}" for l, a in sorted(accuracy.items())))
     if folder != SHIPPED:
-        print(f"next: python train.py --model {names[0]} --task xgqa --suf --data {world} "
-              f"--checkpoint {os.path.join(folder, names[0])}.pt --tokenizer {tokenizer_path}")
+        given = {"--data": world, "--checkpoint": os.path.join(folder, f"{names[0]}.pt"), "--tokenizer": tokenizer_path}
+        print(f"next: python train.py --model {names[0]} --task xgqa --suf",
+              *(f"{flag} {shlex.quote(path)}" for flag, path in given.items()))
 
 
 def show(runs, path):
@@ -180,6 +182,8 @@ def main(argv=None):
         parser.error("--size: only the small world is the embedded one; say --out DIR, where to write another")
     if min(args.steps or 0, args.seed) < 0:
         parser.error("--steps and --seed must not be negative")
+    if args.seed >= 2**63:
+        parser.error("--seed must be less than 2**63")
     if args.show is not None and len(args.show) not in (0, 2):
         parser.error("--show takes two runs")
     try:

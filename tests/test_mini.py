@@ -1,8 +1,11 @@
 """The embedded miniature as a user meets it: shipped files, the world on disk, every pair, --build, --show."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
+import shlex
 import subprocess
 import sys
 
@@ -112,8 +115,8 @@ def test_larger_worlds_are_built_and_trained_on(model, size, phase, tmp_path, ca
     images = {name: 50 for name in ("gqa_train", "gqa_valid", "gqa_dev", "gqa_test", "xvnli_train", "xvnli_dev",
                                     "xvnli_test", "flickr_train", "flickr_valid", "xflickrco_test")}
     monkeypatch.setitem(mini_world.WORLD_SIZES, size, dataclasses.replace(mini_world.WORLD_SIZES[size], **images))
-    mini.main(["--build", "--model", model, "--size", size, "--out", str(tmp_path)])
-    command = capsys.readouterr().out.split("next: python train.py ")[1].split()
+    mini.main(["--build", "--model", model, "--size", size, "--out", str(tmp_path / "a folder")])
+    command = shlex.split(capsys.readouterr().out.split("next: python train.py ")[1])
     train.main([*command, "--limit", "32", "--batch-size", "32", "--workers", "0", "--run", str(tmp_path / "run")])
     printed = capsys.readouterr().out
     assert f"epoch 1: the {phase} layers train" in printed and "mean of 7 others" in printed
@@ -160,8 +163,7 @@ def test_two_first_runs_at_once(before, few, tmp_path, monkeypatch):
 
     def write_slowly(folder, *options, **more):
         monkeypatch.setattr(mini_world, "write_world", write)
-        monkeypatch.setattr(mini.os, "getpid", lambda: 1)  # the other process, from its beginning to its end
-        mini.write_world(str(world), "small")
+        mini.write_world(str(world), "small")  # the other process, from its beginning to its end
         write(folder, *options, **more)
 
     monkeypatch.setattr(mini_world, "write_world", write_slowly)
@@ -177,6 +179,41 @@ def test_two_first_runs_at_once(before, few, tmp_path, monkeypatch):
     with pytest.raises(files.InputError, match="cannot write the miniature's world there"):
         mini.write_world(str(tmp_path / "other"), "small")
     assert (tmp_path / "other/mine").exists()
+
+
+def test_what_a_killed_run_left_is_in_nobodys_way(few, tmp_path):
+    """Not even of a process with the same number, as the first one of a container always is."""
+    for left in (f"world.{os.getpid()}", f"world.{os.getpid()}.partial-{os.getpid()}"):
+        (tmp_path / left / "gqa").mkdir(parents=True)
+    mini.write_world(str(tmp_path / "world"), "small")
+    assert (tmp_path / "world/made_by.txt").exists()
+
+
+def test_an_old_world_that_cannot_be_replaced(few, tmp_path, monkeypatch):
+    """Of a folder that may only be read."""
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world/made_by.txt").write_text("another version\n")
+    monkeypatch.setattr(mini.os, "rename", refuse)
+    with pytest.raises(files.InputError, match="world: cannot write the miniature's world there .Permission denied"):
+        mini.write_world(str(tmp_path / "world"), "small")
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--build", "--steps", "-1"], "--steps and --seed must not be negative"),
+    (["--build", "--seed", "-1"], "--steps and --seed must not be negative"),
+    (["--build", "--seed", str(2**63)], "--seed must be less than"),
+    (["--build", "--size", "medium"], "say --out DIR"),
+    (["--show", "runs/one"], "--show takes two runs"),
+    ([], "one of the arguments --build --show is required")])
+def test_bad_flags_get_one_line_before_anything_is_written(flags, expected, monkeypatch, capsys):
+    monkeypatch.setattr(mini, "build", None)
+    with pytest.raises(SystemExit) as end:
+        mini.main(flags)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and expected in error
 
 
 def test_contact_sheet(tmp_path, capsys):
