@@ -40,7 +40,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 WORLD = os.path.join(HERE, "mini_data")  # written on first use
 SHIPPED = os.path.join(HERE, "miniature")  # tokenizer.model, cclm.pt, uc2.pt
 DEFAULT_RUNS = ["runs/cclm-xgqa-standard-seed0", "runs/cclm-xgqa-suf-seed0"]  # of --show
-TOKENIZER_SEED = 0  # as the world's, whatever the seed of pre-training
+TOKENIZER_SEED = 0  # whatever the seeds of world and pre-training
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What train.py asks for

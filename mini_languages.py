@@ -27,7 +27,7 @@ vocabulary of 250,000; without sharing, fine-tuning so small a model on English 
 import itertools
 import re
 import unicodedata
-from functools import lru_cache, partial
+from functools import partial
 from typing import Callable, NamedTuple
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "orange", "purple", "pink", "brown", "black", "grey")
@@ -486,7 +486,7 @@ def words_of(form: Form, language: str) -> str:
 def say(form: Form, language: str) -> str:
     """The form as that language writes it: script, spaces, capital, punctuation.
 
-    Raises KeyError for a language, or a combination of kind and attribute, that does not exist (see `Form`).
+    Raises KeyError for a language or kind that does not exist, or an attribute that such a sentence cannot be about.
     """
     grammar = LANGUAGES[language]
     text = words_of(form, language)
@@ -500,8 +500,8 @@ def say(form: Form, language: str) -> str:
 def specimens() -> list[Form]:
     """All kinds of sentence about all sizes, colours and shapes: together they hold every word and letter in use."""
     forms = []
-    for index in range(len(COLOURS)):
-        size, colour, shape = SIZES[index % 2], COLOURS[index % len(COLOURS)], SHAPES[index % len(SHAPES)]
+    for index, colour in enumerate(COLOURS):
+        size, shape = SIZES[index % len(SIZES)], SHAPES[index % len(SHAPES)]
         for a, b in ((NounPhrase(size, colour, shape), NounPhrase(size)),
                      (NounPhrase(size, colour), NounPhrase(shape=shape))):
             forms += [Form("phrase", (a,)), Form("phrase", (b,))]
@@ -547,9 +547,9 @@ KANJI = sounds("赤緑青黄白紫茶黒色丸四角三十字星輪矢印物小�
                "nani katachi hidari migi gawa ona chiga")
 JAPANESE_CHARACTERS = {**HIRAGANA, **KANJI, "ー": "",
                        **{chr(ord(letter) + 0x60): sound for letter, sound in HIRAGANA.items()}}          # katakana
-HANGUL = ("g kk n d tt r m b pp s ss _ j jj ch k t p h".replace("_", "").split(" "),
-          "a ae ya yae eo e yeo ye o wa wae oe yo u wo we wi yu eu ui i".split(" "),
-          "_ k k k n n n t l k m l l l p l m p p t t ng t t k t p t".replace("_", "").split(" "))
+HANGUL = tuple(letters.replace("_", "").split(" ") for letters in (
+    "g kk n d tt r m b pp s ss _ j jj ch k t p h", "a ae ya yae eo e yeo ye o wa wae oe yo u wo we wi yu eu ui i",
+    "_ k k k n n n t l k m l l l p l m p p t t ng t t k t p t"))                       # first, middle, last
 BENGALI_CONSONANTS = sounds("কখগঘঙচছজঝঞটঠডঢণতথদধনপফবভমযরলশষসহ" "\u09dc\u09df",
                             "k kh g gh ng ch chh j jh n t th d dh n t th d dh n p ph b bh m j r l sh sh s h r y")
 BENGALI_VOWELS = sounds("অআইঈউঊঋএঐওঔ", "o a i i u u ri e oi o ou")
@@ -598,7 +598,6 @@ def letter_reading(letter: str) -> str:
     return base
 
 
-@lru_cache(maxsize=None)
 def normalization_rules() -> str:
     """SentencePiece's `normalization_rule_tsv`: lines "source code points <tab> target code points", hexadecimal.
 

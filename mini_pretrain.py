@@ -1,20 +1,21 @@
-"""Pre-training of the miniature's tiny CCLM and UC2: what the released checkpoints bring, in five minutes on a CPU.
+"""Pre-training of the miniature's tiny CCLM and UC2: what the released checkpoints bring, in minutes on a CPU.
 
 Both models are the ordinary classes of cclm.py and uc2.py, only small, with every head of the released checkpoints.
 What they learn here stands for what those know: words grounded in images, and languages aligned with each other.
 
     image-text matching   is the sentence true of the scene? Whole sentences, and phrases about single objects
     masked words          with the image in view
-    contrast of texts     a sentence and its translation, in CCLM before any image is seen
+    contrast of texts     CCLM: a sentence and its translation, before any image is seen
     contrast of phrases   CCLM: a phrase and the patch it describes
     fused contrast        the <s> of a sentence and of its translation, both seen with the same image, are pulled
-                          together, and away from other sentences about that image
+                          together, and away from other sentences about that image; CCLM: the means of all states too
 
 The last one is in neither paper. Without it scheduled unfreezing gains nothing here: the upper layers that it trains
 first would read sentences of different languages differently. Phrases come first ("curriculum"), because grounding
 whole sentences from nothing takes several times as long.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,7 @@ class Pretraining:
 PRETRAINING = {  # by size of the world
     "small": Pretraining(),
     "medium": Pretraining(width=128, feed_forward=512, text_layers=6, cross_layers=3, vision_layers=3, uc2_layers=8,
-                          pieces=320, sentences=120_000, steps=5000, phrase_steps=1200, lr=1e-3),
+                          pieces=320, sentences=120_000, steps=5000, lr=1e-3),
     "large": Pretraining(width=256, feed_forward=1024, text_layers=12, cross_layers=6, vision_layers=6, uc2_layers=12,
                          pieces=400, sentences=500_000, batch_size=128, steps=20_000, phrase_steps=2000, lr=5e-4,
                          fine_tuning_batch=256),
@@ -71,15 +72,6 @@ PRETRAINING = {  # by size of the world
 
 def new_model(name, size, vocabulary):
     """CCLM or UC2 with random weights, sized for a world."""
-    model = sized_model(name, size, vocabulary)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:  # the models' standard deviation of 0.02 belongs to a width of 768
-                parameter.mul_((768 / PRETRAINING[size].width) ** 0.5)
-    return model
-
-
-def sized_model(name, size, vocabulary):
     p, world = PRETRAINING[size], mini_world.WORLD_SIZES[size]
     if name == "cclm":
         sizes = cclm.Sizes(
@@ -88,11 +80,17 @@ def sized_model(name, size, vocabulary):
             cross_feed_forward=p.feed_forward, text_positions=p.positions, text_types=1, vision_width=p.width,
             vision_layers=p.vision_layers, vision_heads=p.heads, vision_feed_forward=p.feed_forward,
             patch_size=world.cell, image_size=world.image_size, embed_dim=p.width // 2, decoder_positions=16)
-        return cclm.CCLM(sizes, "pretraining", dropout=0.0, drop_path=0.0)
-    sizes = uc2.Sizes(width=p.width, vocabulary=vocabulary, layers=p.uc2_layers, heads=p.heads,
-                      feed_forward=p.feed_forward, positions=p.positions, types=2, features=mini_world.FEATURE_WIDTH,
-                      locations=7, region_classes=1)
-    return uc2.UC2(sizes, "pretraining", dropout=0.0)
+        model = cclm.CCLM(sizes, "pretraining", dropout=0.0, drop_path=0.0)
+    else:
+        sizes = uc2.Sizes(width=p.width, vocabulary=vocabulary, layers=p.uc2_layers, heads=p.heads,
+                          feed_forward=p.feed_forward, positions=p.positions, types=2,
+                          features=mini_world.FEATURE_WIDTH, locations=7, region_classes=1)
+        model = uc2.UC2(sizes, "pretraining", dropout=0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:  # the models' standard deviation of 0.02 belongs to a width of 768
+                parameter.mul_((768 / p.width) ** 0.5)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,9 +187,9 @@ def masked_word_logits(model, hidden):
     return model.mlm_head(hidden) if isinstance(model, cclm.CCLM) else model.mlm_logits(hidden)
 
 
-def contrast(a, b, temperature=TEMPERATURE):
+def contrast(a, b):
     """InfoNCE in both directions: row i of `a` belongs to row i of `b`. [N,D] each -> scalar."""
-    similarity = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / temperature
+    similarity = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / TEMPERATURE
     target = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
 
@@ -220,9 +218,10 @@ def pretraining_loss(model, corpus, p, tokenizer, rng, step, device):
     memory = select(model.image_memory(encoded), rows)
     if of_phrases:
         spots = torch.from_numpy(corpus.spots[source.scenes[single], source.things[single]]).to(device)
-        hidden = model.fuse(states[: 2 * n], attention_mask[: 2 * n], spot_memory(model, encoded, rows[: 2 * n], spots))
+        seen = spot_memory(model, encoded, rows[: 2 * n], spots)
     else:
-        hidden = model.fuse(states[: 2 * n], attention_mask[: 2 * n], select(memory, slice(2 * n)))
+        seen = select(memory, slice(2 * n))
+    hidden = model.fuse(states[: 2 * n], attention_mask[: 2 * n], seen)
     truths = torch.from_numpy(source.truths[asked]).to(device)
     matching = matching_logits(model, hidden[:n])
     words = hidden[:, : input_ids.shape[1]][hide[: 2 * n]]
@@ -307,14 +306,13 @@ def run_steps(model, name, size, tokenizer, seed, steps, device):
 def matching_accuracy(model, corpus, device):
     """Share of statements whose truth the model tells, by language."""
     model.eval()
-    right = {}
-    for start in range(0, len(corpus.statements.rows), 500):
-        index = range(start, min(start + 500, len(corpus.statements.rows)))
-        input_ids, attention_mask = padded([corpus.statements.rows[i] for i in index], device)
-        encoded, rows = encode(model, corpus, corpus.statements.scenes[list(index)], device)
+    statements, right = corpus.statements, defaultdict(list)
+    for index in np.split(np.arange(len(statements.rows)), range(500, len(statements.rows), 500)):
+        input_ids, attention_mask = padded([statements.rows[i] for i in index], device)
+        encoded, rows = encode(model, corpus, statements.scenes[index], device)
         hidden = model.fuse(model.encode_texts(input_ids, attention_mask), attention_mask,
                             select(model.image_memory(encoded), rows))
         said = matching_logits(model, hidden).argmax(1).tolist()
         for i, answer in zip(index, said):
-            right.setdefault(corpus.statements.languages[i], []).append(answer == corpus.statements.truths[i])
+            right[statements.languages[i]].append(answer == statements.truths[i])
     return {language: sum(found) / len(found) for language, found in right.items()}

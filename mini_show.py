@@ -1,7 +1,7 @@
 """`python mini.py --show`: a contact sheet of the miniature's xGQA.
 
-Scenes with questions in several languages, the right answers and those of two runs. Every language is drawn in its own script where the
-machine has a font for it; where not, as the tokenizer reads it.
+Scenes with questions in several languages, the right answers and those of two runs. Every language is drawn in its own
+script where the machine has a font for it; where not, as the tokenizer reads it.
 """
 
 import os
@@ -20,7 +20,7 @@ LANGUAGES = ("en", "de", "ru", "zh", "ko", "bn")
 FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansBengali-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "msyh.ttc",
          "malgun.ttf", "Nirmala.ttf", "PingFang.ttc", "AppleSDGothicNeo.ttc")
 SCENES, QUESTIONS_PER_SCENE = 6, 2
-IMAGE, LINE, MARGIN, WIDTH = 176, 22, 16, 1240  # pixels
+IMAGE, FONT_SIZE, LINE, MARGIN, WIDTH = 176, 15, 22, 16, 1240  # pixels
 COLUMNS = (210, 250, 720, 830, 1040)  # language, question, right answer, first run, second run
 INK, GREY, RIGHT, WRONG = (20, 20, 20), (130, 130, 130), (20, 120, 40), (190, 40, 30)
 
@@ -86,7 +86,8 @@ def read_answers(run, shown):
     english = results["languages"]["en"]["accuracy"]
     others = evaluation.mean_zero_shot(results["languages"], "accuracy")
     strategy = files.expect(results, "strategy", str, run)
-    return answers, [f"{args.model.upper()}, {analysis.label(strategy)}", f"test: en {english:.0f} %, others {others:.0f} %"]
+    title = [f"{args.model.upper()}, {analysis.label(strategy)}", f"test: en {english:.0f} %, others {others:.0f} %"]
+    return answers, title
 
 
 def choose(english, answers):
@@ -102,14 +103,14 @@ def choose(english, answers):
     return enough[:SCENES]
 
 
-def font_for(characters, size=15):
+def font_for(characters):
     """The first of FONTS on this machine that has all of the characters; None where there is none."""
     for name in FONTS:
         try:
-            font = ImageFont.truetype(name, size)
+            font = ImageFont.truetype(name, FONT_SIZE)
         except OSError:  # not on this machine
             continue
         missing = bytes(font.getmask("\U0010ffff"))
         if all(bytes(font.getmask(c)) != missing for c in set(characters) if not c.isspace()):
             return font
-    return None if any(ord(c) > 255 for c in characters) else ImageFont.load_default(size)
+    return None if any(ord(c) > 255 for c in characters) else ImageFont.load_default(FONT_SIZE)

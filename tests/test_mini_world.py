@@ -11,6 +11,7 @@ import collections
 import io
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from conftest import ROOT
 from PIL import Image
 
 import mini_world
@@ -57,7 +59,6 @@ from mini_world import (
     write_world,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = WORLD_SIZES["small"]
 ALL_TYPES = {**QUESTION_MIX, "compare": 1}
 
@@ -446,6 +447,7 @@ def test_same_seed_same_bytes(tmp_path, monkeypatch):
     tiny = WorldSize(gqa_train=20, gqa_valid=5, gqa_dev=5, gqa_test=5, xvnli_train=10, xvnli_dev=5, xvnli_test=5,
                      flickr_train=20, flickr_valid=5, xflickrco_test=7)
     monkeypatch.setitem(WORLD_SIZES, "tiny", tiny)
+    (tmp_path / f"first.partial-{os.getpid()}").mkdir()     # of a process with the same number that was killed
     for name, seed in (("first", 1), ("second", 1), ("other", 2)):
         write_world(tmp_path / name, seed, "tiny", ALL_TYPES)
     first, second, other = ({str(path.relative_to(folder)): path.read_bytes()
@@ -454,7 +456,7 @@ def test_same_seed_same_bytes(tmp_path, monkeypatch):
     assert first == second and first.keys() == other.keys()
     same = {path for path in first if first[path] == other[path]}
     assert same == {path for path in first if "label" in path or path.endswith(("meta.json", "ids.txt", "sizes.npy"))}
-    assert not list(tmp_path.glob("*.partial*"))
+    assert [path.name for path in tmp_path.glob("*.partial*")] == [f"first.partial-{os.getpid()}"]
 
 
 def test_the_command_writes_the_embedded_world(tmp_path, monkeypatch):
@@ -463,6 +465,17 @@ def test_the_command_writes_the_embedded_world(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mini_world.py", str(tmp_path / "world")])
     mini_world.main()
     assert written == [(mini_world.WORLD_SEED, "small")]
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--seed", "-1"], "--seed must not be negative"), (["--size", "huge"], "invalid choice: 'huge'")])
+def test_bad_flags_get_one_line(flags, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mini_world.py", str(tmp_path / "world"), *flags])
+    with pytest.raises(SystemExit) as end:
+        mini_world.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and expected in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_not_touched(tmp_path):
