@@ -117,9 +117,9 @@ def gqa_list_record(record, where):
         image, text = "image_id", "question"
         if len(labels) != len(scores) or not all(type(label) is int for label in labels):
             raise InputError(f"{where}: 'labels' must be label ids, one per entry of 'scores'")
-    # the reference ignores the scores (few-shot items carry 0): an answer's weight is its share of the answers
+    # the reference ignores the scores (few-shot items carry 0): each of the different answers weighs the same
     return Record(key, image_key(expect(record, image, (str, int), where), where), expect(record, text, str, where),
-                  {answer: 1 / len(labels) for answer in labels})
+                  {answer: 1 / len(set(labels)) for answer in labels})
 
 
 def read_xvnli(path):
@@ -487,7 +487,8 @@ class Regions:
         self.offsets, total = None, (count, self.boxes)
         if os.path.isfile(os.path.join(folder, "offsets.npy")):
             self.offsets = self.array("offsets.npy", (count + 1,), np.int64)
-            if self.offsets[0] != 0 or (np.diff(self.offsets) < 1).any():
+            # compared, not subtracted: differences of the largest numbers would wrap around
+            if self.offsets[0] != 0 or (self.offsets[1:] <= self.offsets[:-1]).any():
                 raise InputError(f"{folder}/offsets.npy: must start at 0 and grow with every image")
             if self.boxes > np.diff(self.offsets).max():
                 raise InputError(f"{where}: \"boxes\" is {shorten(self.boxes)}, but by offsets.npy no image has more "

@@ -451,6 +451,12 @@ def test_label_ids_become_answers(tmp_path):
                        "question 202225914", f"no label {label}")
 
 
+def test_a_repeated_label_weighs_once(tmp_path):
+    for labels, expected in (([1, 1], {1: 1.0}), ([1, 2, 1], {1: 0.5, 2: 0.5})):
+        path = put(tmp_path, "pickled", pickle.dumps([PICKLED | {"labels": labels, "scores": [1.0] * len(labels)}]))
+        assert data.read_gqa(path)[0].answers == expected
+
+
 def test_messages_are_one_line():
     error = InputError("a\r\nb\x85\u2028c\x1b[2J \ud800" + "x" * 10**6)
     assert str(error).isprintable() and len(str(error)) <= 1000
@@ -747,6 +753,8 @@ HOSTILE_FEATURES = {  # name -> (change of the folder, part of the message)
     "box not a number": (edit("boxes.npy", with_value(np.nan, (2, 0, 0))), "image n2 are not finite"),
 }
 HOSTILE_OFFSETS = {
+    "differences that wrap around": (edit("offsets.npy", lambda array: np.array([0, 2**62, 2**63 - 1, -(2**62), 12])),
+                                     "must start at 0"),
     "first not 0": (edit("offsets.npy", with_value(1, 0)), "must start at 0"),
     "falling": (edit("offsets.npy", with_value(9, 1)), "must start at 0"),
     "image without regions": (edit("offsets.npy", with_value(0, 1)), "must start at 0"),
