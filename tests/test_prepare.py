@@ -308,11 +308,37 @@ def test_check_reads_label_ids_and_arrays(folder, capsys):
     assert set(answer for record in records for answer in record.answers) <= set(data.read_labels(str(folder)))
 
 
+def test_check_of_label_ids_without_the_label_map(folder, capsys):
+    """What is missing is told; it makes no file of numbers contradict one of words."""
+    label_ids(folder)
+    path = folder / XGQA / "ko/dev.json"
+    write(path.with_suffix(".pkl"), pickle.dumps([
+        {"image_id": question["imageId"], "question_id": key, "question": question["question"], "labels": [7],
+         "scores": [1.0]} for key, question in json.loads(path.read_bytes()).items()]))
+    for lost in (path, *(folder / "gqa/annotations").glob("trainval_*.json")):
+        lost.unlink()
+    assert prepare.check(str(folder), as_json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["counts"]["xgqa"]["ko"]["dev"]["records"] == report["counts"]["xgqa"]["en"]["dev"]["records"]
+    assert report["runs"]["uc2 xgqa"]["lacking"] == ["no label map"]
+
+
+def test_check_of_hard_negatives_without_the_captions_they_are_about(folder, capsys):
+    hard_negatives(lambda n: [[i, (i + 1) % n] for i in range(n)])(folder)
+    assert prepare.check(str(folder)) == 0
+    (folder / "flickr30k/annotations/train_ann.jsonl").unlink()
+    assert prepare.check(str(folder)) == 0
+    assert "hard_negative.pkl" not in capsys.readouterr().out
+
+
 def test_check_of_shots_that_are_no_number(folder, capsys):
     (folder / XFLICKRCO / "de/train_1.jsonl").rename(folder / XFLICKRCO / "de/train_²5x².jsonl")
     (folder / XFLICKRCO / "tr/train_1.jsonl").rename(folder / XFLICKRCO / "tr/train_².jsonl")
+    (folder / XVNLI / "fr/train_1.jsonl").rename(folder / XVNLI / "fr/train_test.jsonl")
     assert prepare.check(str(folder), as_json=True) == 0
-    counts = json.loads(capsys.readouterr().out)["counts"]["xflickrco"]
+    report = json.loads(capsys.readouterr().out)
+    assert not [finding for finding in report["findings"] if finding["split"] == "shots test"]
+    counts = report["counts"]["xflickrco"]
     assert counts["de"]["shots ²5x²"]["records"] == counts["tr"]["shots ²"]["records"] == 1
 
 
@@ -487,6 +513,8 @@ BAD_IMAGES = {  # name -> (found, part of the message)
     "box upside down": (changed(boxes=with_value(0, [50.0, 60.0, 40.0, 70.0])),
                         "is not a box x1, y1, x2, y2 inside the image"),
     "box not finite": (changed(boxes=with_value((0, 2), np.inf)), "a box is not finite"),
+    "box beyond float32": (changed(boxes=lambda b: with_value((0, 2), 1e300)(b.astype(np.float64))),
+                           "a box is not finite"),
     "no pixels": (changed(size=(0, 300)), "an image of 0 x 300"),
     "no regions": (changed(features=lambda f: f[:0], boxes=lambda b: b[:0]), ""),
     "other number of boxes": (changed(boxes=lambda b: b[:4]), ""),
@@ -496,10 +524,11 @@ BAD_IMAGES = {  # name -> (found, part of the message)
 
 @pytest.mark.parametrize("write_source", [write_tsv, write_npy, write_h5], ids=["tsv", "npy", "h5"])
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_convert_refuses(name, write_source, tmp_path):
+def test_convert_refuses(name, write_source, tmp_path, recwarn):
     found, message = BAD_IMAGES[name]
-    if name in ("path as key", "twice") and write_source is not write_tsv:
-        pytest.skip("such names cannot be written to this kind of source")
+    if (name in ("path as key", "twice") and write_source is not write_tsv
+            or name == "box beyond float32" and write_source is write_tsv):
+        pytest.skip("such names, and such numbers, cannot be written to this kind of source")
     source = write_source(tmp_path / "source", found)
     with pytest.raises(InputError) as error:
         prepare.convert([str(source)], str(tmp_path / "features"))
@@ -508,6 +537,7 @@ def test_convert_refuses(name, write_source, tmp_path):
     assert f"image '{key}'" in str(
         error.value) or f"line 2, image {key}" in str(error.value) or f"source/{key}" in str(error.value)
     assert os.listdir(tmp_path) == ["source"]  # nothing half-written stays
+    assert not recwarn.list  # a warning would be printed beside the one line
 
 
 LINE = tsv_line(*detections(1)[0])
