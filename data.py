@@ -84,7 +84,7 @@ def read_gqa(path):
     """GQA and xGQA questions in any of their forms: LXMERT's list (train.json), GQA's and xGQA's
     dict by question id, IGLUE's pickled list.
 
-    In the pickled form answers are label ids (int), in the others strings; `read_records` makes them all strings.
+    In the pickled form answers are label ids (int), in the others strings; `read_file` makes them all strings.
     """
     loaded = read_pickle(path) if str(path).endswith(".pkl") else read_json(path)
     if isinstance(loaded, dict):
@@ -183,22 +183,23 @@ def annotation_file(data, task, split, language="en", shots=None):
 def read_records(data, task, split, language="en", shots=None):
     """-> (path of the file, its records). Answers are strings, whatever the file holds."""
     path = annotation_file(data, task, split, language, shots)
+    return path, read_file(path, task, read_labels(data) if path.endswith(".pkl") else None)
+
+
+def read_file(path, task, labels):
+    """Records of one annotation file. labels: GQA's answers, whose ids IGLUE's pickled questions hold; None: they stay.
+    """
     records = READERS[task](path)
     if not records:
         raise InputError(f"{path}: no records")
-    if path.endswith(".pkl"):
-        name_answers(records, read_labels(data), path)
-    return path, records
-
-
-def name_answers(records, labels, path):
-    """Replace the label ids that IGLUE's pickled questions have for answers by the answers."""
-    for record in records:
-        unknown = [label for label in record.answers if not 0 <= label < len(labels)]
-        if unknown:
-            raise InputError(f"{path}, question {record.id}: there is no label {unknown[0]}; the label map has 0 to "
-                             f"{len(labels) - 1}")
-        record.answers = {labels[label]: weight for label, weight in record.answers.items()}
+    if labels and path.endswith(".pkl"):
+        for record in records:
+            unknown = [label for label in record.answers if not 0 <= label < len(labels)]
+            if unknown:
+                raise InputError(f"{path}, question {record.id}: there is no label {unknown[0]}; the label map has 0 "
+                                 f"to {len(labels) - 1}")
+            record.answers = {labels[label]: weight for label, weight in record.answers.items()}
+    return records
 
 
 def read_labels(data):

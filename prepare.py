@@ -74,10 +74,6 @@ SOURCES = {  # beginning of a path -> where to get what belongs there; the first
 }
 
 
-def where_to_get(path):
-    return next(source for beginning, source in SOURCES.items() if path.startswith(beginning))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Check
 
@@ -107,15 +103,25 @@ class Report:
     tokenizer: dict | None = None
     runs: dict = field(default_factory=dict)  # "cclm xgqa" -> [what stands in its way]
 
-    def add(self, level, task, text, split="", language="", source=""):
-        """What is true of a split in several languages becomes one finding."""
+    def add(self, level, task, text, split="", language=""):
+        """What is true of a split in several languages becomes one finding. What is missing: its path comes first."""
         text = files.one_line(text)
-        same = [found for found in self.findings if (found.level, found.task, found.split, found.text) == (level, task,
-                                                                                                           split, text)]
-        if not same:
-            self.findings.append(Finding(level, task, text, split, [language] if language else [], source))
-        elif language:
-            same[0].languages.append(language)
+        found = next((found for found in self.findings
+                      if (found.level, found.task, found.split, found.text) == (level, task, split, text)), None)
+        if found is None:
+            sources = (source for beginning, source in SOURCES.items() if text.startswith(beginning))
+            found = Finding(level, task, text, split, source=next(sources) if level == "missing" else "")
+            self.findings.append(found)
+        if language:
+            found.languages.append(language)
+
+    def attempt(self, task, read, *arguments):
+        """-> read(*arguments), or None where that is an InputError, which becomes a finding."""
+        try:
+            return read(*arguments)
+        except InputError as error:
+            self.add("error", task, str(error))
+            return None
 
     def broken(self):
         return any(finding.level == "error" for finding in self.findings)
@@ -128,16 +134,9 @@ def check(folder, tokenizer=None, as_json=False):
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
-    report = examine(folder, tokenizer)
-    print(report_json(report) if as_json else report_text(report))
-    return int(report.broken())
-
-
-def examine(folder, tokenizer=None):
-    """-> Report."""
     report = Report(str(folder))
     labels = check_labels(report)
-    regions = {}  # folder of region features -> data.Regions or None, opened once
+    regions = {}  # folder of region features -> the images that it has
     for task in data.LANGUAGES:
         splits = read_splits(report, task, labels)
         for (split, language, shots), records in splits.items():
@@ -149,23 +148,21 @@ def examine(folder, tokenizer=None):
     if tokenizer:
         check_tokenizer(report, tokenizer)
     decide_runs(report)
-    return report
+    print(report_json(report) if as_json else report_text(report))
+    return int(report.broken())
 
 
 def check_labels(report):
     """-> GQA's answers, or None."""
     path = "gqa/annotations/trainval_ans2label.json"
     if not os.path.exists(os.path.join(report.folder, path)):
-        report.add("missing", "xgqa", f"{path} (GQA's answers)", source=where_to_get(path))
+        report.add("missing", "xgqa", f"{path} (GQA's answers)")
         return None
-    try:
-        labels = data.read_labels(report.folder)
-    except InputError as error:
-        report.add("error", "xgqa", str(error))
-        return None
-    report.labels = len(labels)
-    if len(labels) != LABELS:
-        report.add("note", "xgqa", f"label map: {len(labels):,} answers (published: {LABELS:,})")
+    labels = report.attempt("xgqa", data.read_labels, report.folder)
+    if labels:
+        report.labels = len(labels)
+        if len(labels) != LABELS:
+            report.add("note", "xgqa", f"label map: {len(labels):,} answers (published: {LABELS:,})")
     return labels
 
 
@@ -178,25 +175,21 @@ def split_name(split, shots):
     return f"shots {shots}" if split == "few-shot" else split
 
 
-def image_set(records):
-    return {record.image for record in records}
-
-
 def files_of(folder, task):
     """Every annotation file that a task can have -> [(split, language, shots)], few-shot sets as far as they are there.
     """
     wanted = []
     for (of, split), names in data.ANNOTATIONS.items():
-        languages = data.LANGUAGES[task] if "{language}" in names[0] else ("en",)
-        if of == task and split != "few-shot":
-            wanted += [(split, language, None) for language in languages]
-        elif of == task:
-            for language in languages:
-                patterns = [os.path.join(glob.escape(folder),
-                                         name.format(language=language, shots="*")) for name in names]
-                found = {re.search(r"train_([^.]*)",
-                                   os.path.basename(path))[1] for pattern in patterns for path in glob.glob(pattern)}
-                wanted += [(split, language, shots) for shots in sorted(found, key=lambda shots: (len(shots), shots))]
+        if of != task:
+            continue
+        for language in data.LANGUAGES[task] if "{language}" in names[0] else ("en",):
+            sets = [None]
+            if split == "few-shot":
+                paths = [path for name in names for path in glob.glob(
+                    os.path.join(glob.escape(folder), name.format(language=language, shots="*")))]
+                sets = sorted({re.search(r"train_([^.]*)", os.path.basename(path))[1] for path in paths},
+                              key=lambda shots: (len(shots), shots))
+            wanted += [(split, language, shots) for shots in sets]
     return wanted
 
 
@@ -210,18 +203,12 @@ def read_splits(report, task, labels):
         except InputError:
             absent.setdefault(split, []).append(language)
             continue
-        try:
-            records = data.READERS[task](path)
-            if not records:
-                raise InputError(f"{path}: no records")
-            if path.endswith(".pkl") and labels:
-                data.name_answers(records, labels, path)
-        except InputError as error:
-            report.add("error", task, str(error))
+        records = report.attempt(task, data.read_file, path, task, labels)
+        if records is None:
             continue
         splits[split, language, shots] = records
         entry = {"file": os.path.relpath(path, report.folder), "records": len(records),
-                 "images": len(image_set(records))}
+                 "images": len({record.image for record in records})}
         report.counts.setdefault(task, {}).setdefault(language, {})[split_name(split, shots)] = entry
     for split, languages in absent.items():
         if not needed(split):  # only what IGLUE has: no dev set of xFlickrCO, XVNLI's in English alone
@@ -233,12 +220,11 @@ def read_splits(report, task, labels):
 
 
 def add_missing(report, task, split, languages):
-    name, several = data.ANNOTATIONS[task,
-                                     split][0], "{" + ",".join(languages) + "}" if len(languages) > 1 else languages[0]
-    zipped = os.path.exists(os.path.join(report.folder, name.format(language=languages[0], shots="K") + ".zip"))
-    path, optional = name.format(language=several, shots="K"), "" if needed(split) else ", optional"
-    unpack = "; its .zip is there: unzip it" if zipped else ""
-    report.add("missing", task, f"{path} ({NAMES[task]} {split}{optional}){unpack}", source=where_to_get(path))
+    name = data.ANNOTATIONS[task, split][0]
+    zipped = os.path.exists(os.path.join(report.folder, name.format(language=languages[0]) + ".zip"))
+    path = name.format(language="{" + ",".join(languages) + "}" if len(languages) > 1 else languages[0])
+    optional, unpack = "" if needed(split) else ", optional", "; its .zip is there: unzip it" if zipped else ""
+    report.add("missing", task, f"{path} ({NAMES[task]} {split}{optional}){unpack}")
 
 
 def check_records(report, task, split, language, shots, records, labels):
@@ -248,7 +234,7 @@ def check_records(report, task, split, language, shots, records, labels):
     def add(level, text):
         report.add(level, task, text, name, language)
 
-    images = image_set(records)
+    images = {record.image for record in records}
     repeated = [key for key, count in Counter(record.id for record in records).items() if count > 1]
     if repeated:
         add("note" if split == "train" else "error",
@@ -365,7 +351,7 @@ def compare_splits(report, task, splits):
     """What is tested must not have been trained on."""
     images, ids = {}, {}
     for (split, _, _), records in splits.items():
-        images.setdefault(split, set()).update(image_set(records))
+        images.setdefault(split, set()).update(record.image for record in records)
         ids.setdefault(split, set()).update(record.id for record in records)
     checks = [("error", images, pair, "images") for pair in DISJOINT[task]]
     if task == "xvnli":  # its training file is SNLI's: other statements about a test image would be no mistake
@@ -396,36 +382,35 @@ def check_pictures(report, task, splits, regions):
     for split, wanted in keys.items():
         paths = {key: data.image_path(report.folder, task, key) for key in wanted}
         folder = data.feature_folder(report.folder, task, split)
-        opened = open_regions(report, folder, regions)
-        lookups = [("images", key, os.path.dirname(path), is_image(path)) for key, path in paths.items()]
-        lookups += [("regions", key, folder, opened is not None and key in opened.row_of) for key in wanted]
-        for kind, key, of, there in lookups:
-            entry = found[kind].setdefault(os.path.relpath(of, report.folder), {})
-            entry[key] = (needed(split) or entry.get(key, (False,))[0], there)
+        if folder not in regions:
+            opened = report.attempt("", data.Regions, folder, []) if os.path.isdir(folder) else None
+            regions[folder] = {} if opened is None else opened.row_of
+        for key, path in paths.items():
+            for kind, of, there in (("images", os.path.dirname(path), is_image(path)),
+                                    ("regions", folder, key in regions[folder])):
+                entry = found[kind].setdefault(os.path.relpath(of, report.folder), {})
+                entry[key] = (needed(split) or entry.get(key, (False,))[0], there)
         for path in sample([path for path in paths.values() if is_image(path)]):
-            try:
-                data.read_image(path)
-            except InputError as error:
-                report.add("error", task, str(error))
-        check_sample(report, task, folder,
-                     sample([key for key in wanted if opened is not None and key in opened.row_of]))
+            report.attempt(task, data.read_image, path)
+        with_regions = sample([key for key in wanted if key in regions[folder]])
+        if with_regions:
+            report.attempt(task, check_regions, folder, with_regions)
     for kind, folders in found.items():
         for folder, entry in folders.items():
-            missing = [key for key, (_, there) in entry.items() if not there]
-            count = sum(is_needed for is_needed, there in entry.values() if not there)
-            what = (f"{len(missing):,} of {len(entry):,} images, {count:,} of them to train and test "
-                    f"(such as {(missing or [''])[0]})")
-            size = f"{len(missing) * IMAGE_BYTES / 1e9:.1f} GB when converted"
-            text = f"{folder}: {what}" if kind == "images" else f"{folder}: region features of {what}, {size}"
+            missing = {key: is_needed for key, (is_needed, there) in entry.items() if not there}
             if missing:
-                report.add("missing", task, text, source=where_to_get(folder))
-    places = [os.path.dirname(data.image_path(report.folder, task,
-                                              key)) for key in ["0"] + ["COCO"] * (task == "xflickrco")]
-    places += [data.feature_folder(report.folder, task, split) for split in ("train", "test")]
-    for place in dict.fromkeys(places if not keys else []):  # no annotations that would tell which images
-        folder = os.path.relpath(place, report.folder)
-        if not os.path.isdir(place):
-            report.add("missing", task, f"{folder}: no such folder", source=where_to_get(folder))
+                what = (f"{len(missing):,} of {len(entry):,} images, {sum(missing.values()):,} of them to train and "
+                        f"test (such as {next(iter(missing))})")
+                size = f"{len(missing) * IMAGE_BYTES / 1e9:.1f} GB when converted"
+                report.add("missing", task, f"{folder}: {what}" if kind == "images"
+                           else f"{folder}: region features of {what}, {size}")
+    if not keys:  # no annotations that would tell which images
+        examples = ["0", "COCO"] if task == "xflickrco" else ["0"]
+        places = [os.path.dirname(data.image_path(report.folder, task, key)) for key in examples]
+        places += [data.feature_folder(report.folder, task, split) for split in ("train", "test")]
+        for place in dict.fromkeys(places):
+            if not os.path.isdir(place):
+                report.add("missing", task, f"{os.path.relpath(place, report.folder)}: no such folder")
     report.pictures[task] = found
 
 
@@ -434,63 +419,38 @@ def sample(items):
     return [items[i] for i in sorted(chosen)]
 
 
-def open_regions(report, folder, regions):
-    """data.Regions of a folder, opened once; None where it is absent or, with an error in the report, broken."""
-    if folder not in regions:
-        regions[folder] = None
-        if os.path.isdir(folder):
-            try:
-                regions[folder] = data.Regions(folder, [])
-            except InputError as error:
-                report.add("error", "", str(error))
-    return regions[folder]
-
-
-def check_sample(report, task, folder, keys):
-    """Open the region features of some images."""
-    if not keys:
-        return
-    try:
-        regions = data.Regions(folder, keys)
-        regions.batch(range(len(keys)))
-        for key, row in zip(keys, regions.rows):
-            first, last = (row, row + 1) if regions.offsets is None else regions.offsets[row : row + 2]
-            check_boxes(regions.box_array[first:last].reshape(-1, 4), *regions.sizes[row].tolist(),
-                        f"{folder}: image {key}")
-    except InputError as error:
-        report.add("error", task, str(error))
+def check_regions(folder, keys):
+    """Open the region features of some images; InputError for what no model should see."""
+    regions = data.Regions(folder, keys)
+    regions.batch(range(len(keys)))
+    for key, row in zip(keys, regions.rows):
+        first, last = (row, row + 1) if regions.offsets is None else regions.offsets[row : row + 2]
+        check_boxes(regions.box_array[first:last].reshape(-1, 4), *regions.sizes[row].tolist(),
+                    f"{folder}: image {key}")
 
 
 def check_other_files(report):
-    path = "flickr30k/hard_negative.pkl"
-    try:
-        if os.path.isfile(os.path.join(report.folder, TRAP)):
-            count = len(data.read_gqa(os.path.join(report.folder, TRAP)))
-            cut_down = (f", IGLUE's cut-down copy and not the {TEST_DEV:,} of GQA's own file"
-                        if count == CUT_DOWN else "")
-            use = f"it is not read, the English test set is {ENGLISH_TEST}"
-            report.add("note", "xgqa", f"{TRAP}: {count:,} questions{cut_down}; {use}")
-    except InputError as error:
-        report.add("error", "xgqa", str(error))
+    trap, path = os.path.join(report.folder, TRAP), "flickr30k/hard_negative.pkl"
+    questions = report.attempt("xgqa", data.read_gqa, trap) if os.path.isfile(trap) else None
+    if questions is not None:
+        cut_down = (f", IGLUE's cut-down copy and not the {TEST_DEV:,} of GQA's own file"
+                    if len(questions) == CUT_DOWN else "")
+        report.add("note", "xgqa", f"{TRAP}: {len(questions):,} questions{cut_down}; it is not read, the English test "
+                                   f"set is {ENGLISH_TEST}")
     if not os.path.isfile(os.path.join(report.folder, path)):
-        text = f"{path} (optional: without it UC2's hard negative captions are drawn at random)"
-        report.add("missing", "xflickrco", text, source=where_to_get(path))
+        report.add("missing", "xflickrco",
+                   f"{path} (optional: without it UC2's hard negative captions are drawn at random)")
         return
-    try:
-        keys = [key for entry in report.pictures["xflickrco"]["images"].values() for key in entry]
-        similar = data.read_hard_negatives(report.folder, keys)
-        # it is about the training images, which are not known without their captions
-        if not similar and "train" in report.counts.get("xflickrco", {}).get("en", {}):
-            report.add("error", "xflickrco", f"{path}: names none of the images")
-    except InputError as error:
-        report.add("error", "xflickrco", str(error))
+    keys = [key for entry in report.pictures["xflickrco"]["images"].values() for key in entry]
+    similar = report.attempt("xflickrco", data.read_hard_negatives, report.folder, keys)
+    # it is about the training images, which are not known without their captions
+    if similar == {} and "train" in report.counts.get("xflickrco", {}).get("en", {}):
+        report.add("error", "xflickrco", f"{path}: names none of the images")
 
 
 def check_tokenizer(report, path):
-    try:
-        tokenizer = data.Tokenizer(path)
-    except InputError as error:
-        report.add("error", "", str(error))
+    tokenizer = report.attempt("", data.Tokenizer, path)
+    if tokenizer is None:
         return
     known = tokenizer.sha256 == data.XLMR_SHA256
     report.tokenizer = {"file": str(path), "sha256": tokenizer.sha256, "vocabulary": tokenizer.vocabulary,
@@ -539,7 +499,8 @@ def report_text(report):
     if report.tokenizer and report.tokenizer["is_xlmr"]:
         lines += ["", f"tokenizer {report.tokenizer['file']}: XLM-R's own (sha256 {report.tokenizer['sha256'][:12]}…, "
                       "250,002 ids)"]
-    lines += ["", *finding_lines(report, "")] if finding_lines(report, "") else []
+    general = finding_lines(report, "")
+    lines += ["", *general] if general else []
     sources = {}
     for finding in report.findings:
         if finding.source:
