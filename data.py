@@ -28,6 +28,7 @@ Letters: B texts, T tokens, I images, R image side, V regions of an image, F fea
 import argparse
 import hashlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -588,19 +589,25 @@ def text_rules(recipe):
 
 
 class Examples:
-    """Records of one file as columns: ids, image rows, token rows; and the answers or labels they came with."""
+    """Records of one file as columns: ids, image rows, token rows; and the answers or labels they came with.
 
-    def __init__(self, source, records, rules, tokenizer, training):
+    Without those that `keep(cleaned text, record)` refuses.
+    """
+
+    def __init__(self, source, records, rules, tokenizer, training, keep=lambda text, record: True):
+        texts = rules.prepare([record.text for record in records], training)
+        kept = [keep(text, record) for text, record in zip(texts, records)]
+        records, texts = (list(itertools.compress(column, kept)) for column in (records, texts))
+        if not records:
+            raise InputError(f"{source}: no records with text (or, to train on XVNLI, a label)")
         self.source, self.records = source, records
         self.image_keys = list(dict.fromkeys(record.image for record in records))
         row_of = {key: row for row, key in enumerate(self.image_keys)}
         self.image_rows = np.array([row_of[record.image] for record in records])
-        texts = rules.prepare([record.text for record in records], training)
         self.tokens = tokenizer(texts, rules.train_tokens if training else rules.test_tokens)
         for i in np.flatnonzero(self.tokens.lengths > tokenizer.longest)[:1]:
-            raise InputError(
-                f"{source}, {records[i].id}: {self.tokens.lengths[i]:,} tokens, the model has positions for "
-                             f"{tokenizer.longest}")
+            raise InputError(f"{source}, {records[i].id}: {self.tokens.lengths[i]:,} tokens, the model has positions "
+                             f"for {tokenizer.longest}")
         # a mirrored image would make an answer about sides wrong (English words, as in the reference)
         self.may_flip = np.array(
             [not any(side in text for side in ("left", "right") for text in (record.text, *map(str, record.answers)))
@@ -612,16 +619,9 @@ class Examples:
 
 def load_examples(data, task, split, rules, tokenizer, language="en", shots=None, training=False,
                   keep=lambda text, record: True, limit=None):
-    """Examples of one split in one language: the first `limit`, without those that
-    `keep(cleaned text, record)` refuses.
-    """
+    """Examples of one split in one language: of its first `limit` records."""
     source, records = read_records(data, task, split, language, shots)
-    records = records[:limit]
-    texts = rules.prepare([record.text for record in records], training)
-    kept = [record for record, text in zip(records, texts) if keep(text, record)]
-    if not kept:
-        raise InputError(f"{source}: no records with text (or, to train on XVNLI, a label)")
-    return Examples(source, kept, rules, tokenizer, training)
+    return Examples(source, records[:limit], rules, tokenizer, training, keep)
 
 
 def check_answers(examples, labels):
@@ -635,8 +635,7 @@ def check_answers(examples, labels):
     unknown = [(record.id, answer) for record in examples.records for answer in record.answers if answer not in known]
     if unknown:
         raise InputError(f"{examples.source}, question {unknown[0][0]}: the answer {unknown[0][1]!r} is not among the "
-                         f"{len(labels):,} labels "
-                         f"({len(unknown):,} such questions)")
+                         f"{len(labels):,} labels ({len(unknown):,} such questions)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,26 +653,19 @@ def epoch_batches(lengths, batch_size, seed, epoch, pool=16, groups=None, group_
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
     steps = len(order) // batch_size
+    used = steps * batch_size
     if groups is not None:
         order = order[np.argsort(groups[order], kind="stable")]  # by image, shuffled within
         starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
         position = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
         parts = np.split(order, np.flatnonzero(position % group_size == 0)[1:])
         order = np.concatenate([parts[i] for i in rng.permutation(len(parts))])
-        return order[: steps * batch_size].reshape(steps, batch_size)
+        return order[:used].reshape(steps, batch_size)
     batches = []
-    for start in range(0, steps * batch_size, pool * batch_size):
-        drawn = order[start : min(start + pool * batch_size, steps * batch_size)]
+    for drawn in np.split(order[:used], range(pool * batch_size, used, pool * batch_size)):
         drawn = drawn[np.argsort(lengths[drawn], kind="stable")].reshape(-1, batch_size)
         batches += list(drawn[rng.permutation(len(drawn))])
     return np.stack([batches[i] for i in rng.permutation(steps)])
-
-
-def shards(batch, count):
-    """A batch in `count` equal parts, for processes and accumulation; consecutive, so sorted
-    texts and grouped images stay together.
-    """
-    return batch.reshape(count, -1)
 
 
 def item_generator(seed, epoch, index):
@@ -703,13 +695,12 @@ class TrainingBatches(torch.utils.data.Dataset):
         examples, generators = self.examples, [item_generator(self.seed, epoch, index) for index in indices]
         batch = {"ids": [examples.records[i].id for i in indices]}
         batch["input_ids"], batch["attention_mask"] = pad([examples.tokens[i] for i in indices])
-        rows, first, index = examples.image_rows[indices], np.arange(len(indices)), None
+        rows, flips, first = examples.image_rows[indices], examples.may_flip[indices], range(len(indices))
         if self.share_images:
             rows, first, index = np.unique(rows, return_index=True, return_inverse=True)
+            flips = [flips[index == i].all() for i in range(len(rows))]
             batch["image_index"] = torch.from_numpy(index)
         seeds = [int(generators[i].integers(2**62)) for i in first] if self.augment else None
-        flips = (examples.may_flip[indices] if index is None
-                 else [examples.may_flip[indices][index == i].all() for i in range(len(rows))])
         batch.update(self.pictures.batch(rows, flips, seeds))
         batch.update(self.targets(indices, generators))
         return batch
@@ -790,23 +781,16 @@ def is_position(value, length):
 
 
 def training_items(examples, batch_size, seed, epochs, first_step, parts, mine, **order):
-    """The (epoch, indices) items of one process from optimizer step `first_step` on:
-    parts `mine` of each batch's `parts`.
+    """The (epoch, indices) items of one process from optimizer step `first_step` on: of each batch's `parts` equal
+    parts (for processes and accumulation) those in `mine`. They are consecutive, so sorted texts and grouped images
+    stay together.
     """
     steps = len(examples) // batch_size
     for epoch in range(first_step // steps, epochs):
         batches = epoch_batches(examples.tokens.lengths, batch_size, seed, epoch, **order)
-        for batch in batches[first_step - epoch * steps if first_step > epoch * steps else 0 :]:
+        for batch in batches[max(0, first_step - epoch * steps) :]:
             for part in mine:
-                yield epoch, shards(batch, parts)[part]
-
-
-class Items(torch.utils.data.Sampler):
-    def __init__(self, items):
-        self.items = items
-
-    def __iter__(self):
-        return iter(self.items)
+                yield epoch, batch.reshape(parts, -1)[part]
 
 
 def load_batches(dataset, items, workers, device):
@@ -816,7 +800,7 @@ def load_batches(dataset, items, workers, device):
     """
     # forked workers share the data, memory-mapped files and functions in it included; others would have to pickle it
     options = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=Items(items), num_workers=workers,
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers,
                                          pin_memory=device.type == "cuda", **options)
     for batch in loader:
         if isinstance(batch, InputError):

@@ -297,12 +297,9 @@ def check_questions(add, split, records, labels):
     known = set(labels or ())
     unknown = [(record.id, answer) for record in records for answer in record.answers if labels and answer not in known]
     if unknown:
-        example = f"(question {unknown[0][0]}: {files.shorten(unknown[0][1])})"
-        if split in ("train", "few-shot"):
-            add("error", f"{len(unknown):,} of {len(records):,} answers are not among the labels {example}")
-        else:
-            add("note", f"{len(unknown):,} of {len(records):,} answers are not among the labels and can never be right "
-                        f"{example}")
+        level, effect = ("error", "") if split in ("train", "few-shot") else ("note", " and can never be right")
+        add(level, f"{len(unknown):,} of {len(records):,} answers are not among the labels{effect} "
+                   f"(question {unknown[0][0]}: {files.shorten(unknown[0][1])})")
 
 
 def compare_languages(report, task, splits):
@@ -579,8 +576,8 @@ def open_source(path):
             raise InputError(f"{path}: an LMDB is not read; convert the H5 or TSV file that it was made from")
         if os.path.exists(os.path.join(path, "meta.json")):
             raise InputError(f"{path}: is already in the converted format")
-        pairs = sorted(glob.glob(os.path.join(glob.escape(path), "*.npy")))
-        pairs = [file for file in pairs if not file.endswith("_info.npy")]
+        pairs = [file for file in sorted(glob.glob(os.path.join(glob.escape(path), "*.npy")))
+                 if not file.endswith("_info.npy")]
         if not pairs:
             raise InputError(f"{path}: a folder without .npy files")
         return len(pairs), map(read_npy_pair, pairs)
@@ -592,8 +589,8 @@ def open_source(path):
     if beginning == b"\x89HDF\r\n\x1a\n":
         return open_h5(path)
     if b"\t" not in first_line:
-        raise InputError(
-            f"{path}: neither an H5 file, nor a TSV file, nor a folder of npy files (unpack it if it is compressed)")
+        raise InputError(f"{path}: neither an H5 file, nor a TSV file, nor a folder of npy files (unpack it if it is "
+                         "compressed)")
     return max(1, os.path.getsize(path) // len(first_line)), read_tsv(path)
 
 
@@ -616,27 +613,29 @@ def read_h5(file, keys, path):
         for key in keys:
             where = f"{path}, image {files.shorten(key)}"
             try:
-                group = member(file, key)
-                features, boxes = (np.asarray(member(group, name)[()]) for name in ("features", "boxes"))
-                width, height = (np.asarray(member(group, name)[()]).item() for name in ("img_w", "img_h"))
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from None
+                group = member(file, key, where)
+                features, boxes, width, height = (np.asarray(member(group, name, where)[()])
+                                                  for name in ("features", "boxes", "img_w", "img_h"))
+                found = Detections(key, features, boxes, width.item(), height.item(), where)
+            except InputError:
+                raise
             except KeyError as error:
                 raise InputError(f"{where}: expected features, boxes, img_w and img_h ({error.args[0]})") from None
             except Exception as error:
                 raise InputError(f"{where}: cannot be read ({type(error).__name__})") from None
-            yield Detections(key, features, boxes, width, height, where)
+            yield found
 
 
-def member(group, name):
+def member(group, name, where):
     """A group or dataset of an H5 file. InputError where it is elsewhere: a file could make others be read."""
     import h5py
 
     if isinstance(group.get(name, getlink=True), (h5py.ExternalLink, h5py.SoftLink)):
-        raise InputError(f"{name} is a link; only data that the file itself holds are read")
+        raise InputError(f"{where}: {name} is a link; only data that the file itself holds are read")
     found = group[name]
     if isinstance(found, h5py.Dataset) and (found.external or found.is_virtual):
-        raise InputError(f"the data of {name} are in another file; only data that the file itself holds are read")
+        raise InputError(f"{where}: the data of {name} are in another file; only data that the file itself holds are "
+                         "read")
     return found
 
 
@@ -727,11 +726,9 @@ def checked(found, width_of_features):
                          f"{width_of_features:,}")
     if boxes.shape != (len(features), 4) or boxes.dtype.kind not in "fiu":
         raise InputError(f"{where}: {len(features)} regions, but boxes of shape {list(boxes.shape)}")
-    for value in (found.width, found.height):
-        if not isinstance(value, (int, float)) or isinstance(value,
-                                                             bool) or not 1 <= value < 2**31 or value != int(value):
-            raise InputError(
-                f"{where}: an image of {files.shorten(found.width)} x {files.shorten(found.height)} pixels")
+    if not all(type(value) in (int, float) and 1 <= value < 2**31 and value == int(value)
+               for value in (found.width, found.height)):
+        raise InputError(f"{where}: an image of {files.shorten(found.width)} x {files.shorten(found.height)} pixels")
     with np.errstate(over="ignore"):  # infinite then, and refused
         features, boxes = features.astype(np.float16), boxes.astype(np.float32)
     size = (int(found.width), int(found.height))
@@ -775,9 +772,9 @@ def write_regions(opened, sources, folder, most):
     """-> (N, regions used per image, F)."""
     total = sum(count for count, _ in opened)
     source_of, sizes, counts, dim = {}, [], [], None
-    paths = {name: os.path.join(folder, f"{name}.npy") for name in ("features", "boxes")}
     bar = tqdm(total=total, unit=" images", disable=None)
-    with open(paths["features"], "wb") as features_file, open(paths["boxes"], "wb") as boxes_file, bar:
+    with (open(os.path.join(folder, "features.npy"), "wb") as features_file,
+          open(os.path.join(folder, "boxes.npy"), "wb") as boxes_file, bar):
         for file in (features_file, boxes_file):
             file.write(npy_header((0,), np.float16))
         for source, (_, images) in zip(sources, opened):
