@@ -239,7 +239,10 @@ def check_records(report, task, split, language, shots, records, labels):
     if repeated:
         add("note" if split == "train" else "error",
             f"the id {repeated[0]} stands more than once ({len(repeated):,} such ids)")
-    empty = [record.image if task == "xflickrco" else record.id for record in records if not record.text.strip()]
+    if task == "xflickrco":  # CCLM leaves out what is empty after its clean-up
+        empty = [record.image for record in records if not data.clean_caption(record.text, None)]
+    else:
+        empty = [record.id for record in records if not record.text.strip()]
     if empty:
         effect = "; UC2 keeps image and text, CCLM leaves both out" if task == "xflickrco" else ""
         add("note", f"{len(empty):,} without text ({empty[0]}){effect}")
