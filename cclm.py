@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 
@@ -294,7 +293,7 @@ class CCLM(nn.Module):
         if self.task == "xgqa":
             return {
                 "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
-                    "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias"}
+                "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias"}
         if self.task == "pretraining":
             return {"mlm_head.predictions.decoder.bias": "mlm_head.predictions.bias"}
         return {}
@@ -341,7 +340,21 @@ def gather(x):
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return x
-    return torch.cat(dist_nn.all_gather(x.contiguous()))
+    return Gather.apply(x.contiguous())
+
+
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # reduced in place
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather_texts(text_states, attention_mask):
@@ -514,11 +527,12 @@ class AnswerTrie:
         self.tokens = torch.tensor(tokens, device=device)
         self.labels = torch.tensor(labels, device=device)
         self.depths = torch.tensor([len(path) for path in paths], device=device)
-        self.ancestors = torch.tensor([path + [0] * (deepest - len(path)) for path in paths], device=device)
+        self.ancestors = torch.tensor([path + [0] * (deepest - len(path)) for path in paths], dtype=torch.long,
+                                      device=device)
         self.on_path = torch.arange(deepest, device=device) < self.depths[:, None]
         self.child_count = torch.tensor([len(c) for c in children], device=device)
         self.child_start = self.child_count.cumsum(0) - self.child_count
-        self.child_nodes = torch.tensor([n for c in children for n in c.values()], device=device)
+        self.child_nodes = torch.tensor([n for c in children for n in c.values()], dtype=torch.long, device=device)
         self.vocabulary = torch.tensor(list(column), device=device)
         self.columns = torch.tensor([0, *(column[token] for token in tokens[1:])], device=device)
 
@@ -600,8 +614,8 @@ def best_answers(decoder, question_states, question_mask, trie, logits_at_once=1
         first, label_reached = best.isinf(), doubtful.any(1)
         dive = F.one_hot(prefix.masked_fill(run, -torch.inf).argmax(1), shape[1]).bool()
         likeliest = F.one_hot(complete.argmax(1), shape[1]).bool()
-        ahead &= torch.where(first[:, None], dive & ~label_reached[:, None], True)
-        doubtful &= torch.where(first[:, None], likeliest, True)
+        ahead &= ~first[:, None] | dive & ~label_reached[:, None]
+        doubtful &= ~first[:, None] | likeliest
         if not (ahead.any() or doubtful.any()):
             return trie.labels[best_node], best
 
@@ -692,8 +706,8 @@ def from_pretrained(tensors, config, task, image_size, source, **options):
 
     The file must be exactly that: all of its tensors, with the right shapes, and no other. What the task does not need
     is left out (masked language and box heads; for xGQA and XVNLI also the contrastive and matching heads), what the
-    file lacks keeps its initialisation (XVNLI: cls_head;
-    xGQA: the decoder's embeddings and output layers, while its layers start as copies of the cross-modal layers).
+    file lacks keeps its initialisation (XVNLI: cls_head; xGQA: the decoder's embeddings and output layers, while its
+    layers start as copies of the cross-modal layers).
     Relative position tables are resized to `image_size`. Raises ValueError, one line, for any other file.
     """
     sizes = read_sizes(tensors, config, source)

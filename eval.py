@@ -263,7 +263,8 @@ def retrieve(model, evaluation, device, image_batch, text_batch, workers, candid
     for language, rows in evaluation.image_rows.items():
         columns = np.unique(rows)  # the images of this language
         if features:
-            similarity = texts[language].features @ torch.stack([features[int(row)] for row in columns]).T  # [N,I]
+            with torch.autocast("cpu", enabled=False):  # rounded to bf16, similarities would tie
+                similarity = texts[language].features @ torch.stack([features[int(row)] for row in columns]).T  # [N,I]
             wanted[language] = (columns, top(similarity, candidates, 1), top(similarity, candidates, 0))
         else:
             wanted[language] = (columns, *(torch.ones(len(rows), len(columns), dtype=torch.bool),) * 2)

@@ -263,7 +263,7 @@ def size_of(config, name, default, source, parts_of=None):
 
 
 def count_layers(tensors, prefix):
-    """Number of consecutive indices N for which a tensor named `prefix`N. exists."""
+    """Number of different indices N for which a tensor named `prefix`N. exists."""
     return len({index for name in tensors
                 if name.startswith(prefix) and (index := name[len(prefix):].split(".")[0]).isdigit()})
 

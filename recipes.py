@@ -29,8 +29,8 @@ class Recipe:
     betas: tuple = (0.9, 0.98)  # CCLM's code
     eps: float = 1e-8  # CCLM's code
     clip: float | None = None  # global gradient norm; CCLM's code does not clip
-    dropout: float = 0.1  # this and the next: both references' models
-    drop_path: float = 0.1
+    dropout: float = 0.1  # both references' models
+    drop_path: float = 0.1  # stochastic depth of CCLM's image encoder
     image_size: int = 384
     augment: bool = True  # CCLM's code
     few_shot_epochs: int = 20  # IGLUE's, as section 5.4 says; rate and epoch are chosen on development data

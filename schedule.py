@@ -99,7 +99,7 @@ def backward_share(trainable, sizes, input_gradient=True):
 
 def preview(epochs, sizes, outside=0, outside_frozen=0, input_gradient=True, lr_factors=None):
     """Table as text. epochs: the set that trains in each; sizes: parameters of each layer; outside, outside_frozen:
-    parameters elsewhere that train and that do not; lr_factors: learning rate of each layer / the full one."""
+    parameters elsewhere that train and that do not; lr_factors: each layer's learning rate / the full one (<= 1)."""
     total, ever, costs, width = sum(sizes) + outside + outside_frozen, set(), [], max(6, len(sizes))
     marks = ["0123456789#"[int(10 * factor + 1e-6)] for factor in lr_factors or [1] * len(sizes)]  # or 0.99999999
     lines = [f"{len(sizes)} layers, left = bottom: # trains, 0-9 with that many tenths of the learning rate, . frozen",
@@ -116,7 +116,7 @@ def preview(epochs, sizes, outside=0, outside_frozen=0, input_gradient=True, lr_
         lines.append("embeddings train: gradients pass through frozen layers, which save their weight gradients only")
     never = ", ".join(str(i) for i in range(len(sizes)) if i not in ever)
     if never:
-        lines.append(f"warning: layers {never} never train in these {len(epochs)} epochs")
+        lines.append(f"warning: layers that never train in these {len(epochs)} epochs: {never}")
     return "\n".join(lines)
 
 

@@ -86,7 +86,7 @@ def fisher_order(model, dataset, items, device):
     """Layers by the trace of their empirical Fisher information, largest first (after
     Liu et al. 2024, FUN with Fisher).
 
-    The trace is the squared gradient of a batch, summed over the layer and averaged over `items`. Taken once, from the
+    The trace is the squared gradient of a batch, summed over the layer and over `items`. Taken once, from the
     pre-trained model: theirs is renewed whenever a layer thaws, which would make the schedule depend on the past.
     """
     trace = [0.0] * len(model.layers)
@@ -362,7 +362,8 @@ def training_data(args, recipe, tokenizer, labels, split):
                                   args.few_shot or "en", args.shots, True, keep, args.limit)
     pictures = evaluation.make_pictures(args, recipe, split, examples.image_keys)
     if args.model == "uc2" and args.task == "xflickrco":
-        pools = data.read_hard_negatives(args.data, examples.image_keys)
+        # IGLUE's few-shot code draws the hard caption like the random one
+        pools = data.read_hard_negatives(args.data, examples.image_keys) if split == "train" else {}
         return examples, data.RankingBatches(examples, pictures, args.seed, pools, args.first_image_negatives)
     if args.task == "xgqa":
         data.check_answers(examples, labels)
@@ -394,10 +395,10 @@ def accumulation(args, recipe, examples):
         raise InputError(f"a batch of {size} cannot be split evenly over {processes} process(es) x {args.grad_accum} "
                          "accumulation steps")
     contrasted = size // args.grad_accum
-    if args.model == "cclm" and args.task == "xflickrco" and min(contrasted, len(examples.image_keys)) < 2:
+    most = int(np.bincount(examples.image_rows).max())  # captions of one image
+    if args.model == "cclm" and args.task == "xflickrco" and contrasted <= most:
         raise InputError(f"{examples.source}: CCLM learns retrieval from the pairs of one forward pass, each other's "
-                         f"negatives; among {contrasted} pair(s) of {len(examples.image_keys)} image(s) there is no "
-                         "other")
+                         f"negatives; {contrasted} pair(s) may all be of one image, which has up to {most} captions")
 
 
 def print_plan(args, recipe, changed, model, examples, tests, labels):

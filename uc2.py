@@ -18,8 +18,9 @@ strictly; the naming tells which one it is:
   and left the image's own at identity (`image_norm_is_identity` sees the trace). IGLUE's results start from
   these weights, so they are taken as they are.
 - "original": `model_step_200000.pt` of UC2's authors. tanh after the pooler, eps 1e-12 in the layers, both LayerNorms
-  in their places. Fine-tuned models are saved under VOLTA's names whichever file they started from; what no tensor
-  tells (`UC2.config`) is stored beside the tensors.
+  in their places.
+Fine-tuned models are saved under VOLTA's names whichever file they started from; what no tensor tells (`UC2.config`)
+is stored beside the tensors.
 
 Letters: B texts, T text tokens, I images, V regions, F region feature width, D width.
 """

@@ -9,7 +9,6 @@ Parameter names are those of the official checkpoint, but for the prefix. Letter
 (R/16 squared), D width, H heads, R image side.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -154,7 +153,8 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """BEiT's initialisation, for models that start from nothing: normal(0, 0.02), the later in depth the smaller.
+        """BEiT's initialisation, for models that start from nothing: normal(0, 0.02); what ends a block is the smaller,
+        the higher it is.
         """
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
@@ -223,36 +223,19 @@ def geometric_offsets(old, new):
             right = q
         else:
             left = q
-    positive = torch.tensor(np.cumsum([q**i for i in range(old // 2)]), dtype=torch.float64)
+    positive = torch.tensor([q**i for i in range(old // 2)], dtype=torch.float64).cumsum(0)
     return torch.cat([-positive.flip(0), torch.zeros(1, dtype=torch.float64), positive])
 
 
 def cubic_spline_matrix(knots, points):
-    """Matrix M with (M @ values)[p] = value at points[p] of the not-a-knot cubic spline
-    through (knots, values): [points, knots].
+    """Matrix M with (M @ values)[p] = value at points[p] of the not-a-knot cubic spline through (knots, values):
+    [points, knots].
 
-    The spline is linear in its values, so its slopes at the knots come from one linear
-    system solved for all unit vectors.
+    These splines are the sums of 1, x, x², x³ and, for every knot but the outer two at either end, (x - knot)³ where
+    x is above it: as many functions as knots.
     """
-    n, gaps = len(knots), knots.diff()
-    system, right = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
-    for i in range(1, n - 1):  # the second derivative is continuous at inner knots
-        system[i, i - 1 : i + 2] = torch.stack([gaps[i], 2 * (gaps[i - 1] + gaps[i]), gaps[i - 1]])
-        right[i, i - 1] = -3 * gaps[i] / gaps[i - 1]
-        right[i, i + 1] = 3 * gaps[i - 1] / gaps[i]
-        right[i, i] = -right[i, i - 1] - right[i, i + 1]
-    # so is the third at the outer two
-    for edge, a, b, sign in ((0, gaps[0], gaps[1], 1), (n - 1, gaps[-1], gaps[-2], -1)):
-        system[edge, edge], system[edge, edge + sign] = b, a + b
-        first, second, third = edge, edge + sign, edge + 2 * sign
-        rise_a, rise_b = (3 * a + 2 * b) * b / (a + b) / a, a * a / (a + b) / b
-        right[edge, first], right[edge, second] = -sign * rise_a, sign * (rise_a - rise_b)
-        right[edge, third] = sign * rise_b
-    slopes = torch.linalg.solve(system, right)  # [knots, knots]: slope at knot i for unit value at knot j
-    piece = (torch.searchsorted(knots, points, right=True) - 1).clamp(0, n - 2)
-    width, t = gaps[piece], (points - knots[piece]) / gaps[piece]
-    unit = torch.eye(n, dtype=torch.float64)
-    # each [points]
-    hermite = ((1 + 2 * t) * (1 - t) ** 2, t * (1 - t) ** 2 * width, t**2 * (3 - 2 * t), t**2 * (t - 1) * width)
-    ends = (unit[piece], slopes[piece], unit[piece + 1], slopes[piece + 1])  # each [points, knots]
-    return sum(h[:, None] * end for h, end in zip(hermite, ends))
+    def functions(x):  # -> [x, knots]; in units of the outermost knot, for the sake of rounding
+        x, inner = x[:, None] / knots[-1], knots[2:-2] / knots[-1]
+        return torch.cat([x ** torch.arange(4), (x - inner).clamp(min=0) ** 3], dim=1)
+
+    return torch.linalg.solve(functions(knots), functions(points), left=False)

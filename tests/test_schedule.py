@@ -535,7 +535,7 @@ def test_cli_previews_cclms_xgqa_run():
     assert [row[0] for row in rows.values()] == ["." * (18 - n) + "#" * n for n in (3, 6, 9, 12, 15)]
     assert rows[1] == ["...............###", "3", "16.7%", "58.3%", "16.7%"]
     assert rows[5] == ["...###############", "15", "83.3%", "91.7%", "83.3%"]
-    assert result.stdout.endswith("warning: layers 0, 1, 2 never train in these 5 epochs\n")
+    assert result.stdout.endswith("warning: layers that never train in these 5 epochs: 0, 1, 2\n")
     assert "warning" not in run_cli("--layers", "18", "--epochs", "6", "--suf", "3").stdout
 
 
