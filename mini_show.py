@@ -21,6 +21,7 @@ FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansBengali-Regular.ttf", "DejaVuSans.t
          "malgun.ttf", "Nirmala.ttf", "PingFang.ttc", "AppleSDGothicNeo.ttc")
 SCENES, QUESTIONS_PER_SCENE = 6, 2
 IMAGE, FONT_SIZE, LINE, MARGIN, WIDTH = 176, 15, 22, 16, 1240  # pixels
+TWO_RUNS = "--show needs two of them: python train.py --model cclm --task xgqa, and the same with --suf"
 COLUMNS = (210, 250, 720, 830, 1040)  # language, question, right answer, first run, second run
 INK, GREY, RIGHT, WRONG = (20, 20, 20), (130, 130, 130), (20, 120, 40), (190, 40, 30)
 
@@ -75,11 +76,12 @@ def read_answers(run, shown):
 
     InputError unless it was tested on the files that are shown, by fingerprint.
     """
+    if not os.path.isdir(run):
+        raise InputError(f"{run}: no such run; {TWO_RUNS}")
     args, results = evaluation.read_run(run)[0], evaluation.read_results(run)
     tested = evaluation.tested_on(run)
     if args.task != "xgqa" or any(tested.get(name) != digest for name, digest in shown.items()):
-        raise InputError(f"{run}: not a run on the miniature's xGQA as it is now; --show needs two of them: "
-                         "python train.py --model cclm --task xgqa, and the same with --suf")
+        raise InputError(f"{run}: not a run on the miniature's xGQA as it is now; {TWO_RUNS}")
     paths = {language: os.path.join(run, "predictions", f"{language}.json") for language in LANGUAGES}
     answers = {language: evaluation.by_id(enumerate(evaluation.read_predictions(path)), "questionId", "prediction", str,
                                           path) for language, path in paths.items()}

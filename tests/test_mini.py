@@ -226,7 +226,9 @@ def test_contact_sheet(tmp_path, capsys):
         assert sheet.format == "PNG" and sheet.width > 1000 and len(sheet.getcolors(1 << 24)) > 100
     with pytest.raises(SystemExit) as end:
         mini.main(["--show", str(runs[0]), str(tmp_path / "nowhere"), "--out", str(tmp_path / "other.png")])
-    assert end.value.code == 2 and "nowhere" in capsys.readouterr().err and not (tmp_path / "other.png").exists()
+    error = capsys.readouterr().err
+    assert "nowhere: no such run; --show needs two of them: python train.py" in error
+    assert end.value.code == 2 and not (tmp_path / "other.png").exists()
 
     stored = json.loads((runs[1] / "args.json").read_text())
     [korean] = [path for path in stored["fingerprints"] if path.endswith("/ko/test.json")]

@@ -84,22 +84,34 @@ def test_named_tests_exist():
     assert named and named - defined == set()
 
 
-def cells(text):
-    """Table rows without their heading and first column, and of other lines the numbers with a decimal point."""
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        for row in table.splitlines()[2:]:
-            yield from row.strip("|").split("|")[1:]
-    for line in re.sub(r"^\|.*\n", "", text, flags=re.MULTILINE).splitlines():
-        yield from re.findall(r"-?\d[\d,]*\.\d+", line)
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+UNITS = r"(?= (?:seconds|minutes|CPU minutes|points|%))"
+
+
+def numbers_of(text):
+    """-> (table rows: first cell, then the numbers of the others; of the prose the numbers with a point or a unit)."""
+    rows = [[name.strip(), *re.findall(NUMBER, " ".join(others))]
+            for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+            for name, *others in (row.strip("|").split("|") for row in table.splitlines()[2:])]
+    prose = re.sub(r"^\|.*\n", "", text, flags=re.MULTILINE)
+    return rows, re.findall(rf"-?\d[\d,]*\.\d+|{NUMBER}{UNITS}", prose)
 
 
 @pytest.mark.parametrize("name, text", BLOCKS, ids=[name for name, _ in BLOCKS])
 def test_numbers_were_measured(name, text):
+    """Each in its place: measured.json has them row by row, and those of the prose in the order of the text."""
     measured = json.loads((ROOT / "measured.json").read_text(encoding="utf-8"))[name]
     assert measured["command"]
-    for number in re.findall(r"-?\d[\d,]*(?:\.\d+)?", " ".join(cells(text.replace("−", "-")))):
-        digits = len(number.partition(".")[2])
-        assert number.replace(",", "") in {f"{value:.{digits}f}" for value in measured["numbers"]}, number
+
+    def rounded(shown, values):
+        assert len(shown) == len(values)
+        return [f"{value:,.{len(number.partition('.')[2])}f}" for number, value in zip(shown, values)]
+
+    rows, prose = numbers_of(text.replace("−", "-"))
+    assert [row[0] for row in rows] == [row[0] for row in measured["rows"]]
+    for (row, *shown), (_, *values) in zip(rows, measured["rows"]):
+        assert shown == rounded(shown, values), row
+    assert prose == rounded(prose, measured["prose"])
 
 
 def test_the_papers_table_1():
