@@ -25,6 +25,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -531,19 +532,19 @@ def finish(args, model, results, predictions, log, step):
 
 
 def next_step(args):
-    """What a newcomer may want to run after this."""
+    """What a newcomer may want to run after this: the other of standard fine-tuning and SUF, or their comparison."""
     other = "standard" if strategy_name(args) != "standard" else "suf"
     folder = os.path.join("runs", f"{args.model}-{args.task}-{other}-seed{args.seed}")
-    if os.path.isfile(os.path.join(folder, "results.json")) and not args.limit:
-        pair = f"{folder} {args.run}" if other == "standard" else f"{args.run} {folder}"
-        return f"next: python eval.py --compare {pair}"
-    flags = " --suf" if other == "suf" else ""
-    if not args.miniature:
-        flags += f" --data {args.data} --checkpoint {args.checkpoint} --tokenizer {args.tokenizer}"
-    flags += f" --limit {args.limit}" if args.limit else ""
-    flags += f" --seed {args.seed}" if args.seed else ""
+    same = {name: getattr(args, name) for name in ("limit", *RECIPE_FLAGS)}
+    if os.path.isfile(os.path.join(folder, "results.json")) and not any(same.values()):
+        pair = (folder, args.run) if other == "standard" else (args.run, folder)
+        return f"next: {shlex.join(['python', 'eval.py', '--compare', *pair])}"
+    files_given = () if args.miniature else ("data", "checkpoint", "tokenizer")
+    same |= {name: getattr(args, name) for name in ("seed", *files_given)}
+    words = ["python", "train.py", "--model", args.model, "--task", args.task, *(["--suf"] if other == "suf" else [])]
+    words += [word for name, value in same.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
     kind = "scheduled unfreezing" if other == "suf" else "standard fine-tuning"
-    return f"next: {kind}, to compare: python train.py --model {args.model} --task {args.task}{flags}"
+    return f"next: {kind}, to compare: {shlex.join(words)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,9 @@ import pytest
 import torch
 from conftest import ROOT, save_tiny_checkpoints, train_command
 
+import recipes
+import run_folder
 import train
-from run_folder import versions
 
 PAIRS = [(model, task) for model in ("cclm", "uc2") for task in ("xgqa", "xvnli", "xflickrco")]
 
@@ -119,7 +121,10 @@ def test_suf(model, task, runs):
     means = results if task != "xflickrco" else results["mean_zero_shot"]
     for name, metric in metrics.items():
         assert means[name] == pytest.approx(sum(scores[metric] for scores in others) / len(others))
-    assert output.splitlines()[-1].startswith("next: ")
+    ours = json.loads((folder / "args.json").read_text())["args"]
+    after = vars(recipes.parse_args(shlex.split(output.splitlines()[-1].split("python train.py ")[1]), None))
+    compared = ("model", "task", "data", "checkpoint", "tokenizer", "seed", *run_folder.RECIPE_FLAGS)
+    assert not after["suf"] and [after[name] for name in compared] == [ours[name] for name in compared]
     assert [entry["epoch"] for entry in log(folder) if "languages" in entry and "epoch" in entry] == [1]
     assert sum("loss" in entry for entry in log(folder)) == 2 * (2 if task == "xflickrco" else 4)
 
@@ -298,7 +303,7 @@ def test_versions_and_fingerprints(tiny, runs, monkeypatch):
     tests = tiny / "data" / "xFlickrCO" / "annotations"
     assert stored["fingerprints"].keys() >= {str(tests / language / "test.jsonl") for language in ("en", "zh")}
     monkeypatch.setenv("PATH", "")  # git is not there
-    assert versions()["commit"] is versions()["uncommitted_changes"] is None
+    assert run_folder.versions()["commit"] is versions()["uncommitted_changes"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
