@@ -303,7 +303,7 @@ def test_versions_and_fingerprints(tiny, runs, monkeypatch):
     tests = tiny / "data" / "xFlickrCO" / "annotations"
     assert stored["fingerprints"].keys() >= {str(tests / language / "test.jsonl") for language in ("en", "zh")}
     monkeypatch.setenv("PATH", "")  # git is not there
-    assert run_folder.versions()["commit"] is versions()["uncommitted_changes"] is None
+    assert run_folder.versions()["commit"] is run_folder.versions()["uncommitted_changes"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
