@@ -21,7 +21,7 @@ knowledge; no native speaker has checked them. There is one wording per meaning:
 
 `normalization_rules()` is a SentencePiece normalisation table that lower-cases and romanises all of this, so that a
 tokenizer reads the real scripts with 200 to 300 pieces. Languages then share pieces, as they share words in XLM-R's
-vocabulary of 250,000; without sharing, fine-tuning so small a model on English cannot damage its other languages.
+vocabulary of 250,000; with more pieces, so less sharing, fine-tuning on English damages the other languages less.
 """
 
 import itertools

@@ -10,9 +10,10 @@ What they learn here stands for what those know: words grounded in images, and l
     fused contrast        the <s> of a sentence and of its translation, both seen with the same image, are pulled
                           together, and away from other sentences about that image; CCLM: the means of all states too
 
-The last one is in neither paper. Without it scheduled unfreezing gains nothing here: the upper layers that it trains
-first would read sentences of different languages differently. Phrases come first ("curriculum"), because grounding
-whole sentences from nothing takes several times as long.
+The last one is in neither paper. Without it there is little transfer to protect: the upper layers read sentences of
+different languages differently, and fine-tuned on xGQA the models reach 27 % (CCLM) and 15 % (UC2) in the other
+languages, 33 and 17 % with SUF. Phrases come first ("curriculum"), because grounding whole sentences from nothing takes
+several times as long.
 """
 
 from collections import defaultdict
