@@ -156,6 +156,7 @@ def recipe_of(args, config):
     recipe = replace(paper, **own | flags)
     sees = args.model == "cclm"  # UC2 reads region features
     used = {"suf_k": args.suf is True, "few_shot_epochs": args.few_shot, "few_shot_lrs": args.few_shot,
+            "micro_batch": False,  # the plan tells the forward passes
             "image_size": sees, "augment": sees, "drop_path": sees, "vision_lr": sees}
     source = {name: "flag" if name in flags else "checkpoint" for name in own | flags if used.get(name, True)}
 

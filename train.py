@@ -419,7 +419,7 @@ def print_plan(args, recipe, changed, model, examples, tests, labels):
     if any(outside.values()):
         counts = ", ".join(f"{language} {count}" for language, count in outside.items() if count)
         say(f"note: test answers that are no label, and count as wrong: {counts}")
-    say("not as in the paper: " + "; ".join(changed) if changed else "recipe: the paper's")
+    say("\n    ".join(["not as in the paper:", *changed]) if changed else "recipe: the paper's")
 
     rates, part, count = learning_rates(args, recipe, n), part_of(model), {}
     for name, parameter in model.named_parameters():
