@@ -296,6 +296,8 @@ def check_args(parser, args):
         parser.error(f"--lr-decay must be at most 1, got {args.lr_decay}")
     if min(args.workers, args.seed, args.train_top or 0) < 0:
         parser.error("--workers, --seed and --train-top must not be negative")
+    if large := next((name for name, value in vars(args).items() if type(value) is int and value >= 2**63), None):
+        parser.error(f"--{large.replace('_', '-')} must be less than 2**63")
 
 
 def contradiction(args):

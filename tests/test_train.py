@@ -261,6 +261,7 @@ def test_compile_across_phases(tiny, tmp_path, monkeypatch):
     ("cclm", "xgqa", ["--lr-decay", 1.5], "--lr-decay must be at most 1, got 1.5"),
     ("cclm", "xgqa", ["--lr-decay", "nan"], "--lr-decay must be positive, got nan"),
     ("cclm", "xgqa", ["--lr", "inf"], "--lr must be positive, got inf"),
+    ("uc2", "xgqa", ["--seed", 2**63], "--seed must be less than 2**63"),
     ("cclm", "xgqa", ["--first-image-negatives"], "UC2's training on xFlickrCO alone"),
     ("cclm", "xflickrco", ["--questions-per-image", 2], "--questions-per-image: CCLM's"),
     ("cclm", "xflickrco", ["--grad-accum", 16], "2 pair(s) may all be of one image, which has up to 2 captions"),
