@@ -85,7 +85,7 @@ def test_named_tests_exist():
 
 
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
-UNITS = r"(?= (?:seconds|minutes|CPU minutes|points|%))"
+UNITS = r"(?=\s(?:seconds|minutes|CPU minutes|points|%))"
 
 
 def numbers_of(text):
