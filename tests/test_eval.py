@@ -366,6 +366,15 @@ def test_batches_do_not_matter(name, runs):
         assert again == results
 
 
+def test_similarities_do_not_tie_under_bf16(runs, monkeypatch):
+    """They choose the candidates of CCLM's retrieval, among 5,000 captions."""
+    model, chosen = shaken(runs / "cclm-xflickrco", ["en"])
+    seen, top = [], evaluation.top
+    monkeypatch.setattr(evaluation, "top", lambda similarity, *of: seen.append(similarity) or top(similarity, *of))
+    evaluation.evaluate(model, chosen, CPU, "bf16")
+    assert len(seen) == 2 and all(len(similarity.unique()) > 0.9 * similarity.numel() for similarity in seen)
+
+
 @torch.inference_mode()
 def test_answers_are_the_likeliest_labels(runs):
     """Every question alone with its image, every label scored in full by teacher forcing:

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -22,6 +23,8 @@ import pytest
 import torch
 from conftest import ROOT, save_tiny_checkpoints, train_command
 
+import data
+import eval as evaluation
 import recipes
 import run_folder
 import train
@@ -223,6 +226,19 @@ def test_few_shot(tiny, runs, tmp_path):
               for rate in ("0.001", "0.0001")}
     assert results["development"] == max(map(max, scores.values())) and all(len(part) == 2 for part in scores.values())
     assert "on 5 images (5 shots)" in output and "chosen on" in output
+
+
+def test_few_shot_negatives_of_uc2_are_random(runs, tmp_path):
+    """In IGLUE's code hard_negative.pkl belongs to the split that is called train, though it knows the shots' images."""
+    args, recipe = evaluation.read_run(str(runs("uc2", "xflickrco")[0]))
+    args.few_shot, args.shots, args.data = "de", 25, str(shutil.copytree(args.data, tmp_path / "data"))
+    shots = data.read_records(args.data, "xflickrco", "few-shot", "de", 25)[1]
+    similar = {"train_image_list": [shot.image for shot in shots], "train_hard_pool": [[i, 0, 1] for i in range(25)]}
+    (tmp_path / "data/flickr30k/hard_negative.pkl").write_bytes(pickle.dumps(similar))
+    examples, batches = train.training_data(args, recipe, data.Tokenizer(args.tokenizer), [], "few-shot")
+    drawn = [batches[epoch, np.array([0])] for epoch in range(40)]
+    hard = {tuple(batch["input_ids"][batch["text_index"][3]].tolist()) for batch in drawn}
+    assert len(hard) > 2 and len(examples) == 25
 
 
 @pytest.mark.parametrize("flags", [["--questions-per-image", 4], ["--image-cache", "cache"]], ids=["shared", "cached"])
