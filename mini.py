@@ -174,8 +174,8 @@ def main(argv=None):
                         help="with --build: of the world and the models (default: small)")
     parser.add_argument("--seed", type=int, default=0, help="with --build: of pre-training (default: 0)")
     parser.add_argument("--steps", type=int,
-                        help="with --build: of pre-training, which begins with phrases alone; 0: random weights (default: "
-                             "as the size needs)")
+                        help="with --build: of pre-training, which begins with phrases alone; 0: random weights "
+                             "(default: as the size needs)")
     parser.add_argument("--out", metavar="DIR",
                         help="folder of --build (default: miniature/), PNG of --show (default: contact_sheet.png)")
     args = parser.parse_args(argv)

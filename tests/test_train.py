@@ -237,8 +237,8 @@ def test_few_shot_negatives_of_uc2_are_random(runs, tmp_path):
     (tmp_path / "data/flickr30k/hard_negative.pkl").write_bytes(pickle.dumps(similar))
     examples, batches = train.training_data(args, recipe, data.Tokenizer(args.tokenizer), [], "few-shot")
     drawn = [batches[epoch, np.array([0])] for epoch in range(40)]
-    hard = {tuple(batch["input_ids"][(row := batch["text_index"][3])][batch["attention_mask"][row] == 1].tolist())
-            for batch in drawn}
+    rows = [(batch, int(batch["text_index"][3])) for batch in drawn]
+    hard = {tuple(batch["input_ids"][row, : batch["attention_mask"][row].sum()].tolist()) for batch, row in rows}
     assert len(hard) > 2 and len(examples) == 25
 
 
