@@ -40,7 +40,6 @@ import files
 import probe
 from files import InputError
 from recipes import check_fields, whole
-from run_folder import fingerprint
 from tables import Difference, Table, pearson, publish, sign_test, summarize, t_interval
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,32 +502,31 @@ def of_type(results, name, where):
 
 def alignment(runs, epoch=None):
     """Similarity of <s> between translations, per pair of languages; of unpaired texts; correlation with accuracy."""
-    matrices, rows, panels, groups = [], [], [], grouped(runs)
-    every = {(task, model, strategy): arm for (model, task), arms in groups.items() if task != "xflickrco"
+    matrices, rows, panels = [], [], []
+    every = {(task, model, strategy): arm for (model, task), arms in grouped(runs).items() if task != "xflickrco"
              for strategy, arm in arms.items()}
-    for (model, task), arms in groups.items():
+    for (task, model, strategy), arm in every.items():
         languages = data.LANGUAGES[task]
         pairs = ~np.eye(len(languages), dtype=bool)  # of different languages
-        for strategy, arm in arms.items() if task != "xflickrco" else ():
-            similar, baseline, correlation = zip(*(align(run, epoch) for run in arm.values()))
-            name, mean = f"{title(model, task)}, {label(strategy)}", np.mean(similar, axis=0)
-            matrix = [{"": language} | dict(zip(languages, map(float, row))) for language, row in zip(languages, mean)]
-            matrices.append(Table(f"alignment-{model}-{task}-{strategy}",
-                                  f"Figure 4: {name}: similarity of translations, times 100{setting({strategy: arm})}",
-                                  matrix, digits=0))
-            panels.append({"title": name + seeds(every, (task, model, strategy)), "labels": languages,
-                           "matrix": mean.tolist()})
-            known = [number for number in correlation if number is not None]
-            rows.append({"": name, "with English": summarize(matrix[0, 1:].mean() for matrix in similar),
-                         "all pairs": summarize(matrix[pairs].mean() for matrix in similar),
-                         "unpaired": summarize(baseline),
-                         "Pearson": f"{statistics.fmean(known):.2f}" if known else "undefined"})
-            if model == "uc2" and is_real(arm.values()) and (task, strategy) in PAPER_ALIGNMENT:
-                printed, unpaired = PAPER_ALIGNMENT[task, strategy]
-                accuracy = paper(model, strategy, task, "accuracy")
-                correlation = pearson(list(printed.values()), [accuracy[language] for language in printed])
-                rows.append({"": f"{name}: paper", "with English": statistics.fmean(printed.values()),
-                             "unpaired": float(unpaired), "Pearson": f"{correlation:.2f}"})
+        similar, baseline, correlation = zip(*(align(run, epoch) for run in arm.values()))
+        name, mean = f"{title(model, task)}, {label(strategy)}", np.mean(similar, axis=0)
+        matrix = [{"": language} | dict(zip(languages, map(float, row))) for language, row in zip(languages, mean)]
+        matrices.append(Table(f"alignment-{model}-{task}-{strategy}",
+                              f"Figure 4: {name}: similarity of translations, times 100{setting({strategy: arm})}",
+                              matrix, digits=0))
+        panels.append({"title": name + seeds(every, (task, model, strategy)), "labels": languages,
+                       "matrix": mean.tolist()})
+        known = [number for number in correlation if number is not None]
+        rows.append({"": name, "with English": summarize(matrix[0, 1:].mean() for matrix in similar),
+                     "all pairs": summarize(matrix[pairs].mean() for matrix in similar),
+                     "unpaired": summarize(baseline),
+                     "Pearson": f"{statistics.fmean(known):.2f}" if known else "undefined"})
+        if model == "uc2" and is_real(arm.values()) and (task, strategy) in PAPER_ALIGNMENT:
+            printed, unpaired = PAPER_ALIGNMENT[task, strategy]
+            accuracy = paper(model, strategy, task, "accuracy")
+            correlation = pearson(list(printed.values()), [accuracy[language] for language in printed])
+            rows.append({"": f"{name}: paper", "with English": statistics.fmean(printed.values()),
+                         "unpaired": float(unpaired), "Pearson": f"{correlation:.2f}"})
     if not rows:
         raise InputError("translations exist for xgqa and xvnli; none of these runs is on one of them")
     return [*matrices, Table("alignment", f"Figure 4: alignment{setting(every)}", rows, [ALIGNMENT], panels)]
@@ -715,11 +713,11 @@ def fewshot(runs):
             raise InputError(f"the few-shot runs of {model} on {task} with {shots} shots have no language in common")
         rows, trained = [], [run for pairs in case.values() for _, run in pairs.values()]
         for strategy in sorted({strategy for strategy, _ in case}, key=rank):
-            seeds = [[pairs[language] for language in languages]
-                     for (name, _), pairs in case.items() if name == strategy]
+            by_seed = [[pairs[language] for language in languages]
+                       for (name, _), pairs in case.items() if name == strategy]
             for metric, heading in evaluation.headline(task):
                 recall = {"recall": heading} if task == "xflickrco" else {}
-                rows.append({"": label(strategy)} | recall | few_shot_row(seeds, metric, languages))
+                rows.append({"": label(strategy)} | recall | few_shot_row(by_seed, metric, languages))
             if (model, task, shots) == ("uc2", "xgqa", 48) and is_real(trained) and strategy in PAPER_FEW_SHOT:
                 before, after = PAPER_FEW_SHOT[strategy]
                 rows.append({"": f"{label(strategy)}: paper", "zero-shot": before, "few-shot": after})
@@ -729,10 +727,10 @@ def fewshot(runs):
     return result
 
 
-def few_shot_row(seeds, metric, languages):
-    """seeds: for each a pair (English run, few-shot run) per language."""
+def few_shot_row(by_seed, metric, languages):
+    """by_seed: for each seed a pair (English run, few-shot run) per language."""
     before, after = ([[value(pair[i].results, metric, language) for pair, language in zip(pairs, languages)]
-                      for pairs in seeds] for i in (0, 1))
+                      for pairs in by_seed] for i in (0, 1))
     return ({"zero-shot": summarize(map(statistics.fmean, before)), "few-shot": summarize(map(statistics.fmean, after))}
             | {language: summarize(numbers) for language, numbers in zip(languages, zip(*after))})
 
@@ -741,10 +739,8 @@ def english_folder(run):
     """Folder of the English run that a few-shot run started from: where it was, or beside the few-shot run."""
     name = os.path.basename(run.args.init.rstrip(os.sep))
     beside = os.path.join(os.path.dirname(os.path.abspath(run.folder)), name)
-    known = evaluation.fingerprints(run.folder).values()
     for folder in (run.args.init, beside):  # a relative path may lead to another run from here
-        weights = os.path.join(folder, "model.pt")
-        if os.path.isfile(weights) and fingerprint(weights) in known:
+        if evaluation.has_read(run.folder, os.path.join(folder, "model.pt")):
             return folder
     raise InputError(f"{run.folder}: the English run that it started from is neither {run.args.init} nor {beside}")
 

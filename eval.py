@@ -33,7 +33,7 @@ from files import InputError
 from model import read_checkpoint, select
 from processes import accelerator, from_all_ranks, ranks
 from recipes import COUNT, YES_NO, check_fields, check_recipe, number, one_of, optional, whole
-from run_folder import make_folder
+from run_folder import fingerprint, make_folder
 
 MODELS = {"cclm": cclm, "uc2": uc2}
 RECALLS = (1, 5, 10)
@@ -429,9 +429,15 @@ def fingerprints(run):
     return files.expect(files.read_json(path), "fingerprints", dict, path)
 
 
+def has_read(run, path):
+    """Whether a run read a file, wherever it lay then, as it is now."""
+    known = fingerprints(run).values()
+    return os.path.isfile(path) and fingerprint(path) in known
+
+
 def tested_on(run):
     """Of the files that a run was tested on, by folder and name: {"de/test.json": …}, wherever the data lay."""
-    return {"/".join(file.split(os.sep)[-2:]): fingerprint for file, fingerprint in fingerprints(run).items()
+    return {"/".join(file.split(os.sep)[-2:]): digest for file, digest in fingerprints(run).items()
             if os.path.basename(file).startswith("test.")}
 
 

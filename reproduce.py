@@ -41,7 +41,7 @@ import recipes
 from analysis import differences, entry, label, title
 from files import InputError
 from model import read_checkpoint
-from run_folder import RECIPE_FLAGS, fingerprint
+from run_folder import RECIPE_FLAGS
 from tables import publish, t_interval
 
 FILES = ("data", "checkpoint", "tokenizer")
@@ -136,11 +136,8 @@ def with_files(args):
     return args
 
 
-def check_finished(job, fingerprint_of):
-    """InputError if a run that is there already is not one of the report's; a line if it lacks something.
-
-    fingerprint_of: of a file, by path.
-    """
+def check_finished(job):
+    """InputError if a run that is there already is not one of the report's; a line if it lacks something."""
     then, wanted = evaluation.read_run(job.folder)[0], parsed(job.flags)
     for name in ("limit", "questions_per_image", "first_image_negatives", *RECIPE_FLAGS):
         there = getattr(then, name, None)
@@ -153,9 +150,8 @@ def check_finished(job, fingerprint_of):
         with_files(wanted)
         inputs = [wanted.checkpoint, wanted.tokenizer, data.annotation_file(wanted.data, wanted.task, "train"),
                   data.annotation_file(wanted.data, wanted.task, "test")]
-    read = evaluation.fingerprints(job.folder).values()
     for path in inputs:
-        if not os.path.isfile(path) or fingerprint_of(path) not in read:
+        if not evaluation.has_read(job.folder, path):
             raise InputError(f"{job.folder}: a finished run that did not read {path} as it is now; move it away, or "
                              "name another folder with --runs")
     for name, missing in (("eval_every_epoch", "Figures 2 and 3"), ("save_epochs", "the rivals without training")):
@@ -317,10 +313,10 @@ def reproduce(args, more):
     at_once = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        jobs, fingerprint_of = plan(args, more), functools.cache(fingerprint)
+        jobs = plan(args, more)
         for job in jobs:
             if job.finished:
-                check_finished(job, fingerprint_of)
+                check_finished(job)
         if args.dry_run:
             print_plan(jobs, at_once)
             return 0

@@ -6,6 +6,7 @@ last.pt        weights, optimizer and step, to resume from
 model.pt       the result under official tensor names; epochN.pt with --save-epochs
 """
 
+import functools
 import hashlib
 import json
 import operator
@@ -75,6 +76,13 @@ def write_weights(path, model):
 
 
 def fingerprint(path):
+    """SHA-256 of a file's content, which is read once per process as long as nobody writes to it."""
+    found = os.stat(path)
+    return digest_of(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def digest_of(path, *_):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
@@ -143,7 +151,8 @@ def input_files(args, examples, tests, *pictures):
     if args.model == "uc2":
         paths += [os.path.join(regions.folder, name) for regions in pictures for name in ("meta.json", "ids.txt")]
         hard_negatives = os.path.join(args.data, "flickr30k", "hard_negative.pkl")
-        paths += [hard_negatives] if args.task == "xflickrco" and os.path.isfile(hard_negatives) else []
+        reads_it = args.task == "xflickrco" and not args.few_shot and os.path.isfile(hard_negatives)
+        paths += [hard_negatives] if reads_it else []
     return paths
 
 

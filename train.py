@@ -53,7 +53,6 @@ from run_folder import (
     RECIPE_FLAGS,
     Log,
     check_same,
-    fingerprint,
     first_weights,
     input_files,
     resume,
@@ -505,7 +504,7 @@ def finished(args):
     check_same(args.run, vars(then),
                {name: getattr(args, name) for name in (*FLAGS, "miniature", *RECIPE_FLAGS, "few_shot", "shots")})
     weights = first_weights(args)
-    if os.path.isfile(weights) and fingerprint(weights) not in evaluation.fingerprints(args.run).values():
+    if os.path.isfile(weights) and not evaluation.has_read(args.run, weights):
         raise InputError(f"{args.run}: cannot resume with other settings: it did not start from {weights}")
     results = evaluation.read_results(args.run)
     say(f"{args.run} is complete\n{evaluation.table(results['task'], results['languages'])}")

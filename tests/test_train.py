@@ -4,6 +4,7 @@ What is stopped, and what runs in several processes, are processes of their own,
 in this one: starting an interpreter takes longer than these runs.
 """
 
+import argparse
 import contextlib
 import functools
 import io
@@ -240,6 +241,8 @@ def test_few_shot_negatives_of_uc2_are_random(runs, tmp_path):
     rows = [(batch, int(batch["text_index"][3])) for batch in drawn]
     hard = {tuple(batch["input_ids"][row, : batch["attention_mask"][row].sum()].tolist()) for batch, row in rows}
     assert len(hard) > 2 and len(examples) == 25
+    read = run_folder.input_files(args, examples, argparse.Namespace(examples={}), batches.pictures)
+    assert not any(path.endswith("hard_negative.pkl") for path in read)
 
 
 @pytest.mark.parametrize("flags", [["--questions-per-image", 4], ["--image-cache", "cache"]], ids=["shared", "cached"])
