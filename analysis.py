@@ -38,8 +38,7 @@ import data
 import eval as evaluation
 import files
 import probe
-from files import InputError
-from recipes import check_fields, whole
+from files import InputError, check_fields, whole
 from tables import Difference, Table, pearson, publish, sign_test, summarize, t_interval
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,10 +29,10 @@ import cclm
 import data
 import files
 import uc2
-from files import InputError
+from files import COUNT, YES_NO, InputError, check_fields, number, one_of, optional, whole
 from model import read_checkpoint, select
 from processes import accelerator, from_all_ranks, ranks
-from recipes import COUNT, YES_NO, check_fields, check_recipe, number, one_of, optional, whole
+from recipes import check_recipe
 from run_folder import fingerprint, make_folder
 
 MODELS = {"cclm": cclm, "uc2": uc2}

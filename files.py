@@ -301,6 +301,46 @@ def image_key(value, where):
     return key
 
 
+def check_fields(record, checks, where):
+    """InputError unless `record` is a dict with every field of `checks`, each as it says.
+
+    A check is (what is expected, whether a value is it), such as those that follow.
+    """
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected an object, found {type(record).__name__}")
+    for name, (expected, holds) in checks.items():
+        if name not in record:
+            raise InputError(f"{where}: no field {name!r}")
+        if not holds(record[name]):
+            raise InputError(f"{where}: {name} is {shorten(record[name])}, expected {expected}")
+
+
+def whole(least, most=math.inf):
+    expected = f"a whole number of at least {least}" + (f" and at most {most:,}" if most < math.inf else "")
+    return expected, lambda value: type(value) is int and least <= value <= most  # and not bool
+
+
+def number(expected, holds):
+    return expected, lambda value: type(value) in (int, float) and holds(value)
+
+
+def numbers(expected, lengths, each):
+    return expected, lambda value: (isinstance(value, (list, tuple)) and len(value) in lengths
+                                    and all(each[1](one) for one in value))
+
+
+def one_of(*values):
+    return f"one of {', '.join(map(repr, values))}", lambda value: isinstance(value, str) and value in values
+
+
+def optional(check):
+    return f"{check[0]}, or none", lambda value: value is None or check[1](value)
+
+
+COUNT = whole(1, 10**6)
+YES_NO = ("true or false", lambda value: type(value) is bool)
+
+
 @contextlib.contextmanager
 def writing(path):
     """Whatever the disk refuses while `path` is written (it is full, say) as an InputError."""

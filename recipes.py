@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, replace
 
-from files import InputError, shorten
+from files import COUNT, YES_NO, InputError, check_fields, number, numbers, one_of, optional, whole
 
 
 @dataclass(frozen=True)
@@ -63,36 +63,11 @@ FEW_SHOT_BATCH = {  # IGLUE's batch sizes: (up to so many shots, batch size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checks of what a file brings: (what is expected, whether a value is it)
-
-
-def whole(least, most=math.inf):
-    expected = f"a whole number of at least {least}" + (f" and at most {most:,}" if most < math.inf else "")
-    return expected, lambda value: type(value) is int and least <= value <= most  # and not bool
-
-
-def number(expected, holds):
-    return expected, lambda value: type(value) in (int, float) and holds(value)
-
-
-def numbers(expected, lengths, each):
-    return expected, lambda value: (isinstance(value, (list, tuple)) and len(value) in lengths
-                                    and all(each[1](one) for one in value))
-
-
-def one_of(*values):
-    return f"one of {', '.join(map(repr, values))}", lambda value: isinstance(value, str) and value in values
-
-
-def optional(check):
-    return f"{check[0]}, or none", lambda value: value is None or check[1](value)
-
+# What a checkpoint or a run's folder may bring
 
 FINITE = sys.float_info.max
-COUNT = whole(1, 10**6)
 POSITIVE = number("a positive number", lambda value: 0 < value <= FINITE)
 PROBABILITY = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
-YES_NO = ("true or false", lambda value: type(value) is bool)
 TOKENS = optional(whole(3, 10**6))  # <s>, a piece of the text, </s>
 CHECKS = {  # of every field of a recipe
     "epochs": COUNT,
@@ -119,17 +94,6 @@ CHECKS = {  # of every field of a recipe
     "train_tokens": TOKENS,
     "test_tokens": TOKENS,
 }
-
-
-def check_fields(record, checks, where):
-    """InputError unless `record` is a dict with every field of `checks`, each as it says."""
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: expected an object, found {type(record).__name__}")
-    for name, (expected, holds) in checks.items():
-        if name not in record:
-            raise InputError(f"{where}: no field {name!r}")
-        if not holds(record[name]):
-            raise InputError(f"{where}: {name} is {shorten(record[name])}, expected {expected}")
 
 
 def check_recipe(fields, where):
