@@ -1,51 +1,39 @@
-"""CCLM (Zeng et al. 2022, in its X2-VLM-base form): ViT + 12 text layers + 6 cross-modal
-layers, and for xGQA a 6-layer answer decoder.
+"""CCLM (Zeng et al. 2022, in its X2-VLM-base form): ViT + 12 text layers + 6 cross-modal layers,
+and for xGQA a 6-layer answer decoder.
 
-    image -> ViT ---------------------------.
-                                            v keys and values
-    text  -> embeddings -> text layers -> cross-modal layers -> <s>: classifier (XVNLI), matching (xFlickrCO)
-                              |                              '> all states: answer decoder (xGQA)
+    image -> ViT ----------------------.
+                                       v keys and values
+    text  -> embeddings, text layers -> cross-modal layers -> <s>: label (XVNLI), match (xFlickrCO)
+                              |                            '> all states: answer decoder (xGQA)
                               '> <s>: contrastive features (xFlickrCO)
 
-Paper section 3: the 12 text and 6 cross-modal layers are the 18 layers that scheduled unfreezing thaws
-(`CCLM.layers`, bottom to top); ViT, embeddings, heads and decoder always train. xGQA is answered by generation:
-an answer's score is its log-likelihood under the decoder, and the prediction is the exact argmax over all
-labels, found in a prefix trie (`best_answers`).
+Paper, section 3: the 12 text and 6 cross-modal layers are the 18 layers that scheduled unfreezing
+thaws (`CCLM.layers`, bottom to top); ViT, embeddings, heads and decoder always train. xGQA is
+answered by generation: an answer's score is its log-likelihood under the decoder, the prediction is
+the exact argmax over all labels (`best_answers`) or, if asked for, the reference's ranking
+(`rank_answers`).
 
-Sizes come from the checkpoint's shapes (`read_sizes`); tensors are loaded and saved under the names of the official
-file `cclm_x2vlm_base.th`, strictly. Where the paper and the released code differ, the code is followed, because the
-weights fit it: the decoder attends to all question states, not to <s> alone.
+Sizes come from the checkpoint's shapes (`read_sizes`); tensors are loaded and saved, strictly,
+under the names of the official file `cclm_x2vlm_base.th`. Where the paper and the released code
+differ, the code is followed, because the weights fit it: the decoder attends to all question
+states, not to <s> alone.
 
-Letters: B texts, T text tokens, I images, P image patches, D width, H heads, A answers, L answer
-tokens, V vocabulary, Q questions, N trie nodes.
+Letters: B texts, T text tokens, I images, P image patches, D width, H heads, E contrastive
+features, A answers, L answer tokens, V vocabulary, Q questions, N trie nodes, n prefixes.
 """
 
-import math
 import re
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import LayerNorm, Linear, Parameter
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from model import (
-    BERT_LAYER_NAMES,
-    PAD,
-    TextEmbeddings,
-    TransformerLayer,
-    check_file,
-    copy_tensors,
-    count_layers,
-    in_float32,
-    init_weights,
-    key_mask,
-    load_finetuned,
-    rename,
-    select,
-    shape_of,
-    size_of,
-)
+from model import BERT_LAYER_NAMES, PAD, TextEmbeddings, TransformerLayer, count_layers, in_float32
+from model import init_weights, key_mask, load, rename, select, shape_of
 from vit import VisionTransformer, normalize, resize_position_table
 
 BOS, EOS = 0, 2  # <s> and </s>; padding is model.PAD = 1
@@ -78,31 +66,35 @@ class Sizes:
 
 
 class CCLM(nn.Module):
-    """The model for one task: "xgqa", "xvnli", "xflickrco", or "pretraining" (every head of the released checkpoint).
+    """The model for one task: "xgqa", "xvnli", "xflickrco", or "pretraining" (all released heads).
 
-    `layers` are what a schedule may freeze, bottom to top; `group_of(name)` tells which parameters are outside of any.
+    `layers` are what a schedule may freeze, bottom to top; `group_of(name)` tells which parameters
+    are outside of any.
     """
 
     def __init__(self, sizes, task, dropout=0.1, drop_path=0.1):
         super().__init__()
         s = self.sizes = sizes
         self.task = task
-        self.vision = VisionTransformer(s.vision_width, s.vision_heads, s.vision_layers, s.vision_feed_forward,
-                                        s.patch_size, s.image_size, drop_path)
-        self.text_embeddings = TextEmbeddings(s.vocabulary, s.width, s.text_positions, s.text_types, 1e-5, dropout)
-        self.text_layers = nn.ModuleList(
-            TransformerLayer(s.width, s.text_heads, s.text_feed_forward, 1e-5, dropout) for _ in range(s.text_layers))
-        self.cross_layers = nn.ModuleList(
-            TransformerLayer(s.width, s.cross_heads, s.cross_feed_forward, 1e-12, dropout, s.vision_width)
-            for _ in range(s.cross_layers))
+        self.answers = "exact"  # how xGQA is answered: "exact" or "reference"
+        self.vision = VisionTransformer(
+            s.vision_width, s.vision_heads, s.vision_layers, s.vision_feed_forward,
+            s.patch_size, s.image_size, drop_path)
+        self.text_embeddings = TextEmbeddings(
+            s.vocabulary, s.width, s.text_positions, s.text_types, 1e-5, dropout)
+        self.text_layers = nn.ModuleList()
+        for _ in range(s.text_layers):
+            self.text_layers.append(TransformerLayer(
+                s.width, s.text_heads, s.text_feed_forward, 1e-5, dropout))
+        self.cross_layers = cross_modal_layers(sizes, dropout, s.vision_width)
         if task == "xgqa":
             self.decoder = AnswerDecoder(sizes, dropout)
         if task == "xvnli":
             self.cls_head = mlp_head(s.width, len(LABELS))
         if task in ("xflickrco", "pretraining"):
-            self.temp = nn.Parameter(torch.tensor(0.07))
-            self.vision_proj = nn.Linear(s.vision_width, s.embed_dim)
-            self.text_proj = nn.Linear(s.width, s.embed_dim)
+            self.temp = Parameter(torch.tensor(0.07))
+            self.vision_proj = Linear(s.vision_width, s.embed_dim)
+            self.text_proj = Linear(s.width, s.embed_dim)
             self.itm_head = mlp_head(s.width, 2)
         if task == "pretraining":
             self.bbox_head = mlp_head(s.width, 4)
@@ -110,7 +102,7 @@ class CCLM(nn.Module):
         self.apply(init_weights)
         self.vision.init_weights()
 
-    # -- what the schedule, the optimizer and the loop ask for ---------------------------------------------------------
+    # -- what the schedule, the optimizer and the loop ask for -------------------------------------
 
     @property
     def layers(self):
@@ -122,34 +114,39 @@ class CCLM(nn.Module):
         return self.sizes.text_positions - 2
 
     def group_of(self, name):
-        """Group of a parameter that is in no layer of the schedule: "vision", "embeddings"
-        or "head"; None for one in a layer.
-        """
+        """Group of a parameter outside the layers: "vision", "embeddings", "head"; else None."""
         if name.startswith(("text_layers.", "cross_layers.")):
             return None
-        return {"vision": "vision", "text_embeddings": "embeddings"}.get(name.split(".")[0], "head")
+        if name.startswith("vision."):
+            return "vision"
+        if name.startswith("text_embeddings."):
+            return "embeddings"
+        return "head"
 
     def decays(self, name):
-        """Whether weight decay applies: the reference's rule, substrings of the official name
-        (gammas and tables of words do decay).
-        """
-        official = self.checkpoint_names()[name]
-        return not re.search(r"bias|LayerNorm\.weight|norm\.weight|norm1\.weight|norm2\.weight", official)
+        """Whether weight decay applies: the reference's rule, parts of the official name."""
+        exempt = r"bias|LayerNorm\.weight|norm\.weight|norm1\.weight|norm2\.weight"
+        return not re.search(exempt, rename(name, OFFICIAL_NAMES))
 
     def forward(self, batch):
-        """Training loss of one batch, a scalar: the mean over its questions, statements or caption-image pairs."""
-        return {"xgqa": self.answer_loss, "xvnli": self.label_loss, "xflickrco": self.retrieval_loss}[self.task](batch)
+        """Training loss of one batch: the mean over its questions, statements or pairs."""
+        losses = {"xgqa": self.answer_loss, "xvnli": self.label_loss,
+                  "xflickrco": self.retrieval_loss}
+        return losses[self.task](batch)
 
-    # -- encoders ------------------------------------------------------------------------------------------------------
+    # -- encoders ----------------------------------------------------------------------------------
 
     def encode_images(self, batch):
-        """batch["images"], uint8 or already normalised float [I,3,R,R] -> image states [I,1+P,D]."""
+        """images, uint8 or already normalised float [I,3,R,R] -> image states [I,1+P,D]."""
         images = batch["images"]
-        return self.vision(normalize(images) if images.dtype == torch.uint8 else images)
+        if images.dtype == torch.uint8:
+            images = normalize(images)
+        return self.vision(images)
 
     def image_memory(self, image_states):
-        """Keys and values of every cross-modal layer, once per image however many texts look
-        at it: [(I,H,1+P,D/H) x 2] per layer.
+        """Keys and values of every cross-modal layer: [[I,H,1+P,D/H] x 2] per layer.
+
+        They are computed once per image, however many texts look at it.
         """
         return [layer.cross_attention.keys_values(image_states) for layer in self.cross_layers]
 
@@ -159,24 +156,27 @@ class CCLM(nn.Module):
 
     def encode_texts(self, input_ids, attention_mask):
         """[B,T] -> text states [B,T,D] (no image has been seen)."""
-        hidden, mask = self.text_embeddings(input_ids), key_mask(attention_mask)
+        hidden = self.text_embeddings(input_ids)
+        mask = key_mask(attention_mask)
         for layer in self.text_layers:
             hidden = layer(hidden, mask)
         return hidden
 
     def fuse(self, text_states, attention_mask, memory, first_token=False):
-        """Cross-modal states [B,T,D], or [B,1,D] of <s> alone. `memory` holds B images, or one that all texts share."""
-        hidden, mask = text_states, key_mask(attention_mask)
-        for i, (layer, keys_values) in enumerate(zip(self.cross_layers, memory)):
-            run = layer.first_token if first_token and i == len(self.cross_layers) - 1 else layer
-            hidden = run(hidden, mask, memory_kv=keys_values)
+        """Cross-modal states [B,T,D], or [B,1,D] of <s> alone.
+
+        memory: of B images, or of one that all texts share.
+        """
+        hidden = text_states
+        mask = key_mask(attention_mask)
+        last = len(memory) - 1
+        for i, keys_values in enumerate(memory):
+            layer = self.cross_layers[i]
+            hidden = layer(hidden, mask, keys_values, first_token=first_token and i == last)
         return hidden
 
     def fuse_batch(self, batch, first_token=False):
-        """A training batch through all encoders.
-
-        Texts that share an image share its pass through the ViT and its keys and values.
-        """
+        """A training batch through all encoders. Texts may share images: image_index [B]."""
         memory = self.memory(batch)
         if "image_index" in batch:
             memory = select(memory, batch["image_index"])
@@ -184,52 +184,63 @@ class CCLM(nn.Module):
         return self.fuse(text_states, batch["attention_mask"], memory, first_token)
 
     def predict(self, text_states, attention_mask, memory):
-        """Index of the predicted label of each text [B]: XVNLI's LABELS, or xGQA's answers as `set_answers` got them.
-        """
+        """Index of each text's label [B]: of LABELS (XVNLI) or the answers set (xGQA)."""
         if self.task == "xvnli":
             return self.label_logits(text_states, attention_mask, memory).argmax(1)
-        return best_answers(self.decoder, self.fuse(text_states, attention_mask, memory), attention_mask, self.trie)[0]
+        states = self.fuse(text_states, attention_mask, memory)
+        if self.answers == "reference":
+            order, _ = rank_answers(self.decoder, states, attention_mask, self.answer_ids)
+            return order[:, 0]
+        labels, _ = best_answers(self.decoder, states, attention_mask, self.trie)
+        return labels
 
-    # -- XVNLI: classification -----------------------------------------------------------------------------------------
+    # -- XVNLI: classification ---------------------------------------------------------------------
 
     def label_loss(self, batch):
-        """Mean cross-entropy. batch: images, input_ids, attention_mask, labels [B] (ids of LABELS)."""
-        logits = in_float32(self.cls_head, self.fuse_batch(batch, first_token=True)[:, 0])
+        """Mean cross-entropy. batch: images, input_ids, attention_mask, labels [B] of LABELS."""
+        states = self.fuse_batch(batch, first_token=True)
+        logits = in_float32(self.cls_head, states[:, 0])
         return F.cross_entropy(logits, batch["labels"])
 
     def label_logits(self, text_states, attention_mask, memory):
         """-> [B,3]."""
-        return in_float32(self.cls_head, self.fuse(text_states, attention_mask, memory, first_token=True)[:, 0])
+        states = self.fuse(text_states, attention_mask, memory, first_token=True)
+        return in_float32(self.cls_head, states[:, 0])
 
-    # -- xGQA: generation ----------------------------------------------------------------------------------------------
+    # -- xGQA: generation --------------------------------------------------------------------------
 
     def set_answers(self, answers):
-        """The labels to choose from when predicting: the token ids of each, without <s> and </s>."""
-        self.trie = AnswerTrie(answers, self.decoder.bias.device)
+        """The labels to choose from: the token ids of each, without <s> and </s>."""
+        device = self.decoder.bias.device
+        rows = [torch.tensor([BOS, *answer, EOS], device=device) for answer in answers]
+        self.answer_ids = pad_sequence(rows, batch_first=True, padding_value=PAD)  # [A,L]
+        self.trie = AnswerTrie(answers, device)
 
     def answer_loss(self, batch):
         """-log p(answer | question, image), summed over tokens, mean over questions.
 
-        batch: images, input_ids [B,T], attention_mask [B,T]; answer_ids [A,L] (<s> … </s>, padded), and for answer a
-        its question answer_question[a] and weight answer_weight[a].
+        batch: images, input_ids [B,T], attention_mask [B,T]; answer_ids [A,L] (<s> … </s>,
+        padded), and for answer a its question answer_question[a] and weight answer_weight[a].
         """
-        real = real_targets(batch["answer_ids"])  # before the device has much to do: the host waits for the number
         question_states = self.fuse_batch(batch)
-        losses = self.decoder.answer_losses(question_states, batch["attention_mask"], batch["answer_ids"],
-                                            batch["answer_question"], real)
+        losses = self.decoder.answer_losses(question_states, batch["attention_mask"],
+                                            batch["answer_ids"], batch["answer_question"])
         return (losses * batch["answer_weight"]).sum() / len(question_states)
 
-    # -- xFlickrCO: contrastive features and matching ------------------------------------------------------------------
+    # -- xFlickrCO: contrastive features and matching ----------------------------------------------
 
     def image_features(self, image_states):
-        return F.normalize(in_float32(self.vision_proj, image_states[:, 0]), dim=-1)  # [I,1+P,D] -> [I,E]
+        """[I,1+P,D] -> [I,E] of length 1."""
+        return F.normalize(in_float32(self.vision_proj, image_states[:, 0]), dim=-1)
 
     def text_features(self, text_states):
-        return F.normalize(in_float32(self.text_proj, text_states[:, 0]), dim=-1)  # [B,T,D] -> [B,E]
+        """[B,T,D] -> [B,E] of length 1."""
+        return F.normalize(in_float32(self.text_proj, text_states[:, 0]), dim=-1)
 
     def match_logits(self, text_states, attention_mask, memory):
         """-> [B,2]; column 1 says that text and image belong together."""
-        return in_float32(self.itm_head, self.fuse(text_states, attention_mask, memory, first_token=True)[:, 0])
+        states = self.fuse(text_states, attention_mask, memory, first_token=True)
+        return in_float32(self.itm_head, states[:, 0])
 
     def match_scores(self, text_states, attention_mask, memory):
         """-> [B]: the higher, the better text and image belong together."""
@@ -238,84 +249,104 @@ class CCLM(nn.Module):
     def retrieval_loss(self, batch):
         """Image-text contrastive loss + image-text matching loss with hard negatives.
 
-        batch: images [B,3,R,R], input_ids, attention_mask, image_ids [B] (captions of one image share an id and are no
-        negatives of each other), uniform [B,2] in [0,1): the random draws of the negative image and the negative text
-        of each pair. With several processes the batch is the union of all processes' batches: features and states are
-        gathered with their gradients, and the mean of the processes' losses is the loss of the union.
+        batch: images [B,3,R,R], input_ids, attention_mask, image_ids [B] (captions of one image
+        share an id and are no negatives of each other), uniform [B,2] in [0,1): the random draws of
+        the negative image and the negative text of each pair. With several processes the batch is
+        the union of all processes' batches: features and states are gathered with their gradients,
+        and the mean of the processes' losses is the loss of the union.
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         image_states = self.encode_images(batch)
         text_states = self.encode_texts(batch["input_ids"], batch["attention_mask"])
         to_images, to_texts = self.contrast(image_states, text_states)
-        same_image = batch["image_ids"][:, None] == gather(batch["image_ids"])[None, :]
-        itc = contrastive_loss(to_images, to_texts, same_image)
+        same_image = batch["image_ids"][:, None] == gather(batch["image_ids"])
+        contrastive = contrastive_loss(to_images, to_texts, same_image)
+        # what is similar and does not belong together is drawn as a hard negative
         with torch.no_grad():
-            image_rows = draw(negative_weights(to_images, same_image), batch["uniform"][:, 0])
-            text_rows = draw(negative_weights(to_texts, same_image), batch["uniform"][:, 1])
-        return itc + self.matching_loss(image_states, text_states, batch["attention_mask"], image_rows, text_rows)
+            draw_image, draw_text = batch["uniform"].unbind(1)
+            image_rows = draw(negative_weights(to_images, same_image), draw_image)
+            text_rows = draw(negative_weights(to_texts, same_image), draw_text)
+        return contrastive + self.matching_loss(
+            image_states, text_states, batch["attention_mask"], image_rows, text_rows)
 
     def contrast(self, image_states, text_states):
-        """Similarities / temperature of this process's texts with all images, and of its
-        images with all texts: 2 x [B, B of all].
-        """
-        image_features, text_features = self.image_features(image_states), self.text_features(text_states)
-        with torch.autocast(image_features.device.type, enabled=False):
-            return (text_features @ gather(image_features).T / self.temp,
-                    image_features @ gather(text_features).T / self.temp)
+        """Similarities / temperature of texts with all images, images with all texts: [B,all]."""
+        images, texts = self.image_features(image_states), self.text_features(text_states)
+        with torch.autocast(images.device.type, enabled=False):
+            to_images = texts @ gather(images).T / self.temp
+            to_texts = images @ gather(texts).T / self.temp
+        return to_images, to_texts
 
     def matching_loss(self, image_states, text_states, attention_mask, image_rows, text_rows):
-        """Mean cross-entropy over B pairs that match, B texts with a negative image (image_rows
-        [B]) and B images with a negative text.
+        """Mean cross-entropy over B pairs that match and 2B that do not.
+
+        image_rows [B]: each text's negative image; text_rows [B]: each image's negative text.
         """
+        # images and texts of all processes; texts are as long as the longest of them
         all_texts, all_masks = gather_texts(text_states, attention_mask)
+        texts = pad_to(text_states, all_texts.shape[1])
+        masks = pad_to(attention_mask, all_masks.shape[1])
         negative_images = gather(image_states)[image_rows]
         memory = self.image_memory(torch.cat([image_states, negative_images]))
-        own = torch.arange(len(image_states), device=image_states.device)
-        memory = select(memory, torch.cat([own, own + len(own), own]))
-        texts, masks = pad_to(text_states, all_texts.shape[1]), pad_to(attention_mask, all_masks.shape[1])
+        # pairs: (text, its image), (text, negative image), (negative text, image)
+        pairs = len(image_states)
+        own = torch.arange(pairs, device=image_states.device)
+        memory = select(memory, torch.cat([own, own + pairs, own]))
         texts = torch.cat([texts, texts, all_texts[text_rows]])  # [3B,T,D]
         masks = torch.cat([masks, masks, all_masks[text_rows]])
-        labels = torch.zeros(len(texts), dtype=torch.long, device=texts.device)
-        labels[: len(own)] = 1
+        labels = torch.zeros(3 * pairs, dtype=torch.long, device=texts.device)
+        labels[:pairs] = 1
         return F.cross_entropy(self.match_logits(texts, masks, memory), labels)
 
-    # -- names in the official checkpoint ------------------------------------------------------------------------------
+    # -- names in the official checkpoint ----------------------------------------------------------
 
     def checkpoint_names(self):
         """Our parameter name -> its name in the official file."""
-        if not hasattr(self, "_checkpoint_names"):
-            self._checkpoint_names = {name: rename(name, OFFICIAL_NAMES) for name, _ in self.named_parameters()}
-        return self._checkpoint_names
+        return {name: rename(name, OFFICIAL_NAMES) for name, _ in self.named_parameters()}
 
     def aliases(self):
-        """Second names under which the official file stores the same tensor: alias -> first name."""
+        """Second names of the same tensor in the official file: alias -> first name."""
+        predictions = "text_decoder.cls.predictions."
         if self.task == "xgqa":
-            return {
-                "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
-                "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias"}
+            word = "text_decoder.bert.embeddings.word_embeddings.weight"
+            return {predictions + "decoder.weight": word,
+                    predictions + "decoder.bias": predictions + "bias"}
         if self.task == "pretraining":
             return {"mlm_head.predictions.decoder.bias": "mlm_head.predictions.bias"}
         return {}
 
     def constants(self):
-        """Index buffers that the reference stores and that follow from the sizes; files may have them or not."""
-        constants = {f"vision_encoder.blocks.{i}.attn.relative_position_index": self.vision.position_index
-                     for i in range(self.sizes.vision_layers)}
-        constants["text_encoder.embeddings.position_ids"] = torch.arange(self.sizes.text_positions)[None]
+        """Index buffers that follow from the sizes; files may have them or not."""
+        s = self.sizes
+        constants = {"text_encoder.embeddings.position_ids": torch.arange(s.text_positions)[None]}
+        for i in range(s.vision_layers):
+            name = f"vision_encoder.blocks.{i}.attn.relative_position_index"
+            constants[name] = self.vision.position_index
         if self.task == "xgqa":
-            constants["text_decoder.bert.embeddings.position_ids"] = torch.arange(self.sizes.decoder_positions)[None]
+            positions = torch.arange(s.decoder_positions)[None]
+            constants["text_decoder.bert.embeddings.position_ids"] = positions
         return constants
 
     def config(self):
-        """What a file must hold beside the tensors, because no shape tells it: `read_sizes` asks for it."""
-        return {"text_heads": self.sizes.text_heads, "cross_heads": self.sizes.cross_heads,
-                "decoder_positions": self.sizes.decoder_positions}
+        """What a file must hold beside the tensors, because no shape tells it."""
+        s = self.sizes
+        return {"text_heads": s.text_heads, "cross_heads": s.cross_heads,
+                "decoder_positions": s.decoder_positions}
+
+
+def cross_modal_layers(sizes, dropout, memory_width):
+    """The layers between text and image, and those of the answer decoder."""
+    s, layers = sizes, nn.ModuleList()
+    for _ in range(s.cross_layers):
+        layers.append(TransformerLayer(
+            s.width, s.cross_heads, s.cross_feed_forward, 1e-12, dropout, memory_width))
+    return layers
 
 
 def mlp_head(width, outputs):
-    return nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width, eps=1e-5), nn.GELU(),
-                         nn.Linear(2 * width, outputs))
+    return nn.Sequential(Linear(width, 2 * width), LayerNorm(2 * width, eps=1e-5), nn.GELU(),
+                         Linear(2 * width, outputs))
 
 
 class MaskedLanguageHead(nn.Module):
@@ -323,27 +354,21 @@ class MaskedLanguageHead(nn.Module):
 
     def __init__(self, width, vocabulary):
         super().__init__()
-        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-5)
-        self.output = nn.Linear(width, vocabulary)
+        self.dense = Linear(width, width)
+        self.norm = LayerNorm(width, eps=1e-5)
+        self.output = Linear(width, vocabulary)
 
     def forward(self, hidden):
         return self.output(self.norm(F.gelu(self.dense(hidden))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Retrieval: gathering over processes, contrastive loss, hard negatives
 
 
-def gather(x):
-    """Rows of all processes, in rank order; gradients flow back to the process that made them,
-    summed over the processes that used them.
-    """
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    return Gather.apply(x.contiguous())
-
-
 class Gather(torch.autograd.Function):
+    """All processes' rows in rank order; a row's gradient is the sum of all processes'."""
+
     @staticmethod
     def forward(context, x):
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -352,301 +377,240 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # reduced in place
+        # reduced in place, and each process takes its own part
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def gather(x):
+    """Rows of all processes; in one process x itself."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return Gather.apply(x.contiguous())
+
+
 def gather_texts(text_states, attention_mask):
     """`gather` for texts that each process padded to its own length."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return text_states, attention_mask
-    length = torch.tensor(text_states.shape[1], device=text_states.device)
-    dist.all_reduce(length, dist.ReduceOp.MAX)
-    return gather(pad_to(text_states, int(length))), gather(pad_to(attention_mask, int(length)))
+    longest = text_states.shape[1]
+    if dist.is_initialized():
+        # of all processes
+        length = torch.tensor(longest, device=text_states.device)
+        dist.all_reduce(length, dist.ReduceOp.MAX)
+        longest = int(length)
+    return gather(pad_to(text_states, longest)), gather(pad_to(attention_mask, longest))
 
 
 def pad_to(x, length):
     """Zeros after position T of [B,T] or [B,T,D]."""
-    missing = length - x.shape[1]
-    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+    after_last_dimensions = (0, 0) * (x.dim() - 2)
+    return F.pad(x, (*after_last_dimensions, 0, length - x.shape[1]))
 
 
 def contrastive_loss(to_images, to_texts, same_image):
-    """Mean of both directions' cross-entropies; every pair of one image is a positive, sharing the probability.
+    """Mean of both directions' cross-entropies over logits [B,all].
 
-    Logits [B, B of all].
+    Every pair of one image is a positive; they share the probability.
     """
     targets = same_image.float() / same_image.sum(1, keepdim=True)
-    return (F.cross_entropy(to_images, targets) + F.cross_entropy(to_texts, targets)) / 2
+    both = F.cross_entropy(to_images, targets) + F.cross_entropy(to_texts, targets)
+    return both / 2
 
 
 def negative_weights(logits, same_image):
-    """How likely each candidate is to be drawn as the negative of its row: the more similar, the
-    likelier; never one of the same image.
-    """
+    """How likely each candidate is drawn as its row's negative; never one of the same image."""
     return (logits.softmax(1) + 1e-5).masked_fill(same_image, 0)
 
 
 def draw(weights, uniform):
-    """One column index per row, with probability proportional to its weight; `uniform` [B] in
-    [0,1) decides which (inverse of the CDF).
-    """
+    """One column per row, as likely as its weight; uniform [B] in [0,1) decides which."""
+    # inverse of the cumulative distribution; torch has no deterministic cumsum of floats on a GPU
     n = weights.shape[1]
-    # the running sums; torch 2.11 has no deterministic cumsum of floats on a GPU
-    cumulative = weights.double() @ torch.ones(n, n, dtype=torch.double, device=weights.device).triu()
-    return (cumulative <= uniform.double()[:, None] * cumulative[:, -1:]).sum(1)
+    running = torch.ones(n, n, dtype=torch.double, device=weights.device).triu()
+    cumulative = weights.double() @ running
+    thresholds = uniform.double()[:, None] * cumulative[:, -1:]
+    return (cumulative <= thresholds).sum(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # xGQA: the answer decoder
 
 
 class AnswerDecoder(nn.Module):
     """6-layer BERT decoder over answer tokens that attends to all states of the fused question.
 
-    The output matrix is its word embedding.
+    The output matrix is its word embedding. Its positions count from 0.
     """
 
     def __init__(self, sizes, dropout):
         super().__init__()
         s = sizes
-        self.embeddings = TextEmbeddings(s.vocabulary, s.width, s.decoder_positions, s.decoder_types, 1e-12, dropout,
-                                         bert_positions=True)
-        self.layers = nn.ModuleList(
-            TransformerLayer(s.width, s.cross_heads, s.cross_feed_forward, 1e-12, dropout, s.width)
-            for _ in range(s.cross_layers))
-        self.dense, self.norm = nn.Linear(s.width, s.width), nn.LayerNorm(s.width, eps=1e-12)
-        self.bias = nn.Parameter(torch.zeros(s.vocabulary))
+        self.embeddings = TextEmbeddings(
+            s.vocabulary, s.width, s.decoder_positions, s.decoder_types, 1e-12, dropout)
+        self.layers = cross_modal_layers(sizes, dropout, s.width)
+        self.dense = Linear(s.width, s.width)
+        self.norm = LayerNorm(s.width, eps=1e-12)
+        self.bias = Parameter(torch.zeros(s.vocabulary))
 
-    def transform(self, hidden):
-        """What meets the output matrix: [...,D] -> [...,D]."""
-        return self.norm(F.gelu(self.dense(hidden)))
-
-    def logits(self, hidden):
-        """[...,D] -> [...,V]."""
-        return F.linear(self.transform(hidden), self.embeddings.word.weight, self.bias)
+    def logits(self, hidden, tokens=None):
+        """[...,D] -> [...,V], or the logits of `tokens` alone."""
+        hidden = self.norm(F.gelu(self.dense(hidden)))
+        matrix, bias = self.embeddings.word.weight, self.bias
+        if tokens is not None:
+            matrix, bias = matrix[tokens], bias[tokens]
+        return F.linear(hidden, matrix, bias)
 
     def memory(self, question_states):
+        """Keys and values of the questions [Q,T,D], for every layer."""
         return [layer.cross_attention.keys_values(question_states) for layer in self.layers]
 
     def decode(self, answer_ids, memory, question_mask):
-        """Teacher forcing. answer_ids [A,L], memory and question_mask of A questions -> hidden states [A,L,D]."""
-        length = answer_ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=answer_ids.device).tril()
+        """Teacher forcing. answer_ids [A,L], memory, question_mask of A questions -> [A,L,D]."""
+        # a token attends to itself and to those before it
+        length, device = answer_ids.shape[1], answer_ids.device
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         mask = causal & key_mask(answer_ids != PAD)  # [A,1,L,L]
-        hidden = self.embeddings(answer_ids)
+        positions = torch.arange(length, device=device).expand_as(answer_ids)
+        hidden = self.embeddings(answer_ids, positions)
         for layer, keys_values in zip(self.layers, memory):
-            hidden = layer(hidden, mask, memory_kv=keys_values, memory_mask=key_mask(question_mask))
+            hidden = layer(hidden, mask, keys_values, key_mask(question_mask))
         return hidden
 
-    def step(self, tokens, positions, path, memory, question_mask):
-        """One more token for n prefixes.
-
-        tokens, positions [n]; path [n,depth,layers,2,H,D/H]: keys and values of the tokens before, None for <s>.
-
-        -> hidden states [n,D], and the new tokens' own keys and values [n,layers,2,H,D/H].
-        """
-        hidden, own = self.embeddings.embed(tokens[:, None], positions[:, None]), []  # [n,1,D]
-        depth = 0 if path is None else path.shape[1]
-        # shorter paths are padded after their end …
-        mask = torch.arange(depth + 1, device=tokens.device) < positions[:, None]
-        mask[:, depth] = True  # … and the token itself comes last
-        for i, layer in enumerate(self.layers):
-            keys_values = layer.self_attention.keys_values(hidden)  # 2 x [n,H,1,D/H]
-            own.append(torch.stack([part[:, :, 0] for part in keys_values], dim=1))
-            if depth:
-                past = path[:, :, i].permute(2, 0, 3, 1, 4)  # [2,n,H,depth,D/H]
-                keys_values = [torch.cat(parts, dim=2) for parts in zip(past, keys_values)]
-            hidden = layer(hidden, mask[:, None, None], keys_values, memory[i], key_mask(question_mask))
-        return hidden[:, 0], torch.stack(own, dim=1)
-
-    def answer_losses(self, question_states, question_mask, answer_ids, answer_question, real=None):
-        """-log p of every answer, summed over its tokens after <s>, </s> included: [A].
-
-        real: `real_targets` of answer_ids, where known; only these meet the vocabulary.
-        """
-        real = real_targets(answer_ids) if real is None else real
+    def answer_losses(self, question_states, question_mask, answer_ids, answer_question):
+        """-log p of every answer, summed over its tokens after <s>, </s> included: [A]."""
         memory = select(self.memory(question_states), answer_question)
-        hidden = self.decode(answer_ids, memory, question_mask[answer_question])[:, :-1]
-        losses = F.cross_entropy(self.logits(hidden.flatten(0, 1)[real]), answer_ids[:, 1:].flatten()[real],
-                                 reduction="none")
-        return losses.new_zeros(hidden.shape[:2]).flatten().scatter(0, real, losses).view(hidden.shape[:2]).sum(1)
-
-    def rank_answers(self, question_states, question_mask, candidate_ids, k):
-        """The reference's ranking: preselect the k candidates with the likeliest first token, then score them in full.
-
-        The first token's log-probability is counted twice (once in the preselection, once in the score); `best_answers`
-        does neither. candidate_ids [A,L] -> (indices [Q,k], probabilities over the k [Q,k]), best first.
-        """
-        memory, questions = self.memory(question_states), len(question_states)
-        bos = candidate_ids[:1, :1].expand(questions, 1)
-        # [Q,A]
-        first = self.logits(self.decode(bos, memory, question_mask)[:, 0]).log_softmax(-1)[:, candidate_ids[:, 1]]
-        first, top = first.topk(k)
-        rows = torch.arange(questions, device=top.device).repeat_interleave(k)
-        losses = self.answer_losses(question_states, question_mask, candidate_ids[top.flatten()], rows)
-        scores = first - losses.view(questions, k)
-        scores, order = scores.softmax(-1).sort(descending=True)
-        return top.gather(1, order), scores
-
-
-def real_targets(answer_ids):
-    """[A,L] -> which of the A x (L - 1) tokens after the first are no padding: positions in the flattened matrix."""
-    return (answer_ids[:, 1:] != PAD).flatten().nonzero()[:, 0]
+        hidden = self.decode(answer_ids, memory, question_mask[answer_question])
+        # each token but the last predicts the next one; padding does not meet the vocabulary
+        hidden, targets = hidden[:, :-1].flatten(0, 1), answer_ids[:, 1:]
+        real = (targets != PAD).flatten().nonzero()[:, 0]  # positions in the flattened matrix
+        logits = self.logits(hidden[real])  # [real,V]
+        losses = F.cross_entropy(logits, targets.flatten()[real], reduction="none")
+        all_losses = losses.new_zeros(targets.numel()).scatter(0, real, losses)
+        return all_losses.view(targets.shape).sum(1)
 
 
 class AnswerTrie:
-    """All labels' token sequences merged by common prefix.
+    """All labels' token sequences merged by common prefix: a node is a prefix, node 0 is <s>.
 
-    Node 0 is <s>; every other node is one token after its parent.
-
-    Tensors: tokens, depths, labels [N] (index of the label that ends here, or -1); ancestors [N, deepest]
-    (the path from <s> down to the parent, padded with 0); on_path [N, deepest] tells the padding; the children of
-    node n are child_nodes[child_start[n] : child_start[n] + child_count[n]]; vocabulary [S]: the tokens that occur,
-    </s> first, and columns [N]: where each node's token is in it.
+    paths [N,L]: the tokens of each prefix from <s> on, padded; depths [N]: where its last token is;
+    tokens [N]: which it is; parents [N]: the node without it; labels [N]: the label that ends
+    there, or -1. vocabulary [S]: the tokens that occur, with </s>.
     """
 
     def __init__(self, answers, device):
         """answers: token ids of every label, without <s> and </s>."""
-        children, tokens, labels, paths = [{}], [BOS], [-1], [[]]
+        nodes, parents, labels = {(): 0}, [-1], [-1]
         for label, answer in enumerate(answers):
-            node = 0
+            prefix, node = (), 0
             for token in answer:
-                if token not in children[node]:
-                    children[node][token] = len(tokens)
-                    children.append({})
-                    tokens.append(token)
+                parent = node
+                prefix = (*prefix, token)
+                node = nodes.setdefault(prefix, len(nodes))
+                if node == len(parents):  # a new one
+                    parents.append(parent)
                     labels.append(-1)
-                    paths.append(paths[node] + [node])
-                node = children[node][token]
-            if labels[node] == -1:  # labels with the same tokens cannot be told apart: the first one stands for all
+            # labels of the same tokens cannot be told apart: the first stands for all
+            if labels[node] == -1:
                 labels[node] = label
-        deepest = max(len(path) for path in paths)
-        column = {token: i for i, token in enumerate(dict.fromkeys([EOS, *tokens[1:]]))}
-        self.tokens = torch.tensor(tokens, device=device)
+        paths = [torch.tensor([BOS, *prefix], device=device) for prefix in nodes]
+        self.paths = pad_sequence(paths, batch_first=True, padding_value=PAD)
+        self.depths = (self.paths != PAD).sum(1) - 1
+        self.tokens = self.paths.gather(1, self.depths[:, None])[:, 0]
+        self.vocabulary = torch.cat([self.tokens[1:], self.tokens.new_tensor([EOS])]).unique()
+        self.parents = torch.tensor(parents, device=device)
         self.labels = torch.tensor(labels, device=device)
-        self.depths = torch.tensor([len(path) for path in paths], device=device)
-        self.ancestors = torch.tensor([path + [0] * (deepest - len(path)) for path in paths], dtype=torch.long,
-                                      device=device)
-        self.on_path = torch.arange(deepest, device=device) < self.depths[:, None]
-        self.child_count = torch.tensor([len(c) for c in children], device=device)
-        self.child_start = self.child_count.cumsum(0) - self.child_count
-        self.child_nodes = torch.tensor([n for c in children for n in c.values()], dtype=torch.long, device=device)
-        self.vocabulary = torch.tensor(list(column), device=device)
-        self.columns = torch.tensor([0, *(column[token] for token in tokens[1:])], device=device)
-
-    def children(self, nodes):
-        """nodes [n] -> (row [c], child [c]): every child node and the row of `nodes` that holds its parent."""
-        count = self.child_count[nodes]
-        row = torch.repeat_interleave(count)
-        position = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-        return row, self.child_nodes[self.child_start[nodes][row] + position]
-
-
-class Normalizer:
-    """log sum exp of the logits over the whole vocabulary, exactly, or bounded from below at a hundredth of the cost.
-
-    The logits of the labels' own tokens are needed anyway. The other tokens count as many times the exponential of
-    their mean logit, which no sum of exponentials falls below (Jensen); the mean logit is that of the mean row.
-    """
-
-    def __init__(self, decoder, trie):
-        self.matrix, self.bias = decoder.embeddings.word.weight.float(), decoder.bias.float()  # [V,D], [V]
-        self.label_matrix, self.label_bias = self.matrix[trie.vocabulary], self.bias[trie.vocabulary]  # [S,D], [S]
-        self.others = len(self.bias) - len(trie.vocabulary)
-        self.mean_row = (self.matrix.sum(0) - self.label_matrix.sum(0)) / max(1, self.others)
-        self.mean_bias = (self.bias.sum() - self.label_bias.sum()) / max(1, self.others)
-
-    def bounded(self, states):
-        """[n,D] -> logits of the labels' tokens [n,S], lower bound of the normaliser [n]."""
-        logits = F.linear(states, self.label_matrix, self.label_bias)
-        log_sum = logits.logsumexp(1)
-        if self.others:
-            log_sum = torch.logaddexp(log_sum, states @ self.mean_row + self.mean_bias + math.log(self.others))
-        return logits, log_sum
-
-    def exact(self, states):
-        return F.linear(states, self.matrix, self.bias).logsumexp(1)  # [n,D] -> [n,V] -> [n]
+        self.answers = len(answers)
 
 
 @torch.no_grad()
-def best_answers(decoder, question_states, question_mask, trie, logits_at_once=1 << 26):
-    """Exact argmax over all labels of log p(label </s> | question), without scoring most of
-    them: (labels [Q], log-likelihoods [Q]).
+def best_answers(decoder, question_states, question_mask, trie, at_once=64):
+    """The labels of largest log p(label </s> | question): best-first search over the trie.
 
-    Two things save nearly all of the work, and neither changes the result. Nothing that continues a prefix can be
-    likelier than the prefix: only prefixes likelier than the best label found so far are continued, each once, from
-    the keys and values of the tokens before. And a probability needs the logits of the whole vocabulary only where
-    a bound (see `Normalizer`) does not already tell that the label has lost. `logits_at_once` bounds memory: elements
-    of the largest [prefixes, V] tensor.
+    -> (labels [Q], their log-likelihoods [Q]). Exact: no label is likelier, and of equally likely
+    ones it is the first. Few labels are scored, because nothing that continues a prefix is likelier
+    than the prefix. Memory: `at_once` questions are searched together, and `at_once` prefixes are
+    run together, each from <s> on ([at_once,V] logits; 0.4 GB at base size).
     """
-    device = question_states.device
-    memory = decoder.memory(question_states)  # once for all prefixes of a question
-    normalizer = Normalizer(decoder, trie)
-    chunk = max(1, logits_at_once // len(decoder.bias))
+    # a part of the questions at a time
+    if len(question_states) > at_once:
+        labels, scores = [], []
+        for states, mask in zip(question_states.split(at_once), question_mask.split(at_once)):
+            part_labels, part_scores = best_answers(decoder, states, mask, trie, at_once)
+            labels.append(part_labels)
+            scores.append(part_scores)
+        return torch.cat(labels), torch.cat(scores)
+
+    memory = decoder.memory(question_states)
+    # log p of prefixes that are known and not run yet, at first <s>, and of labels that were scored
     shape = (len(question_states), len(trie.tokens))
-    reached = torch.full(shape, -torch.inf, device=device)  # sum of the logits of a prefix's tokens [Q,N]
-    reached[:, 0] = 0
-    ended = torch.full(shape, -torch.inf, device=device)  # logit of </s> after a prefix that is a label [Q,N]
-    normalizers = torch.zeros(shape, device=device)  # of the token after each prefix that was run [Q,N] …
-    run, exact = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))  # … and whether exact [Q,N]
-    slot = torch.zeros(shape, dtype=torch.long, device=device)  # row of `states` and `cache` of a prefix [Q,N]
-    states = torch.zeros(0, question_states.shape[2], device=device)  # [slots,D]
-    cache = None  # keys and values [slots,layers,2,H,D/H]
-
-    def along_path(values, empty):
-        """Per node, its ancestors' values: [Q,N] -> [Q,N,deepest]."""
-        return values[:, trie.ancestors].masked_fill(~trie.on_path, empty)
-
-    def chunks(mask):
-        q, n = mask.nonzero(as_tuple=True)
-        return ((q[i : i + chunk], n[i : i + chunk]) for i in range(0, len(q), chunk))
-
+    waiting = torch.full(shape, -torch.inf, device=question_states.device)  # [Q,N]
+    waiting[:, 0] = 0
+    scored = waiting.new_full((len(question_states), trie.answers), -torch.inf)  # [Q,A]
+    width = 1
     while True:
-        # no prefix is likelier than this, and no label: [Q,N]
-        prefix = reached - along_path(normalizers, 0.0).sum(2)
-        complete = prefix + ended - normalizers
-        certain = exact & along_path(exact, True).all(2)
-        best, best_node = complete.masked_fill(~certain, -torch.inf).max(1)
-        ahead, doubtful = ~run & (prefix > best[:, None]), ~certain & (complete > best[:, None])
-        # before the first certain label: dive along the likeliest prefix to a label, then make it certain
-        first, label_reached = best.isinf(), doubtful.any(1)
-        dive = F.one_hot(prefix.masked_fill(run, -torch.inf).argmax(1), shape[1]).bool()
-        likeliest = F.one_hot(complete.argmax(1), shape[1]).bool()
-        ahead &= ~first[:, None] | dive & ~label_reached[:, None]
-        doubtful &= ~first[:, None] | likeliest
-        if not (ahead.any() or doubtful.any()):
-            return trie.labels[best_node], best
+        # only a prefix as likely as the best label so far can lead to a better one
+        best = scored.amax(1, keepdim=True)
+        promising = waiting.masked_fill(waiting < best, -torch.inf)
+        # the likeliest of every question, in each round twice as many: a peaked decoder needs few
+        # prefixes, a flat one many
+        likeliest, nodes = promising.topk(min(width, shape[1]))  # [Q,width]
+        width = min(2 * width, at_once)
+        rank, question = likeliest.T.isfinite().nonzero(as_tuple=True)  # first every best one
+        if len(question) == 0:
+            labels = scored.argmax(1)
+            return labels, scored.gather(1, labels[:, None])[:, 0]
 
-        new_states, new_cache = [states], [] if cache is None else [cache]
-        for q, n in chunks(ahead):
-            depth = int(trie.depths[n].max())
-            # [n,depth,layers,2,H,D/H]
-            path = None if depth == 0 else cache[slot[q[:, None], trie.ancestors[n, :depth]]]
-            hidden, own = decoder.step(trie.tokens[n], trie.depths[n], path, select(memory, q), question_mask[q])
-            slot[q, n] = sum(map(len, new_states)) + torch.arange(len(n), device=device)
-            with torch.autocast(device.type, enabled=False):  # log-likelihoods are compared closely: float32
-                state = decoder.transform(hidden.float())  # [n,D]
-                logits, normalizers[q, n] = normalizer.bounded(state)
-            new_states.append(state)
-            new_cache.append(own)
-            row, child = trie.children(n)
-            reached[q[row], child] = reached[q, n][row] + logits[row, trie.columns[child]]
-            ended[q, n] = logits[:, 0].masked_fill(trie.labels[n] < 0, -torch.inf)
-        states, cache = torch.cat(new_states), torch.cat(new_cache) if new_cache else cache
-        run |= ahead
+        # run them from <s> on: states from which the token after each is predicted
+        question = question[:at_once]
+        node = nodes[question, rank[:at_once]]  # [n]
+        depth = trie.depths[node]
+        ids = trie.paths[node, : depth.max() + 1]  # [n,L]
+        hidden = decoder.decode(ids, select(memory, question), question_mask[question])  # [n,L,D]
+        last = hidden[torch.arange(len(node), device=hidden.device), depth]  # [n,D]
+        log_p = waiting[question, node]
+        waiting[question, node] = -torch.inf
 
-        q, n = doubtful.nonzero(as_tuple=True)
-        wanted = doubtful.clone()
-        wanted[q[:, None], trie.ancestors[n]] = True  # padding asks for <s>, which is on every path
-        for q, n in chunks(wanted & ~exact):
-            with torch.autocast(device.type, enabled=False):
-                normalizers[q, n] = normalizer.exact(states[slot[q, n]])
-        exact |= wanted
+        # A first look at the labels' own tokens, which the normaliser is at least the sum of: most
+        # prefixes are out, whatever follows them. The margin is for rounding.
+        look = in_float32(lambda states: decoder.logits(states, trie.vocabulary), last)  # [n,S]
+        at_most = log_p + look.amax(1) - look.logsumexp(1)
+        row = (at_most > best[question, 0] - 1e-3).nonzero()[:, 0]
+        question, node = question[row], node[row]
+        # log p of a longer prefix is this one's, plus its token's logit, minus the normaliser
+        logits = in_float32(decoder.logits, last[row])  # [n,V]
+        log_p = log_p[row] - logits.logsumexp(1)
+
+        # prefixes that are labels: </s> follows
+        row = (trie.labels[node] >= 0).nonzero()[:, 0]
+        label = trie.labels[node[row]]
+        scored[question[row], label] = log_p[row] + logits[row, EOS]
+        # prefixes that are one token longer
+        row, child = (trie.parents == node[:, None]).nonzero(as_tuple=True)
+        waiting[question[row], child] = log_p[row] + logits[row, trie.tokens[child]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def rank_answers(decoder, question_states, question_mask, answer_ids, k=128):
+    """The reference's ranking: the k answers of likeliest first token, ordered by their scores.
+
+    A score counts the first token twice: once when choosing the k, once in the likelihood, to which
+    the former is added. answer_ids [A,L] -> (indices [Q,k], probabilities among the k [Q,k]).
+    """
+    k = min(k, len(answer_ids))
+    indices, probabilities = [], []
+    # a question at a time: k answers of it fill the memory
+    for states, mask in zip(question_states.split(1), question_mask.split(1)):
+        start = decoder.decode(answer_ids[:1, :1], decoder.memory(states), mask)
+        log_p = decoder.logits(start[0, 0]).log_softmax(-1)  # [V]
+        first, top = log_p[answer_ids[:, 1]].topk(k)
+        losses = decoder.answer_losses(states, mask, answer_ids[top], torch.zeros_like(top))
+        scores, order = (first - losses).softmax(-1).sort(descending=True)
+        indices.append(top[order])
+        probabilities.append(scores)
+    return torch.stack(indices), torch.stack(probabilities)
+
+
+# --------------------------------------------------------------------------------------------------
 # The official checkpoint
 
 OFFICIAL_NAMES = BERT_LAYER_NAMES + [
@@ -670,67 +634,80 @@ OFFICIAL_NAMES = BERT_LAYER_NAMES + [
 
 
 def read_sizes(tensors, config, source):
-    """Sizes of the CCLM in a checkpoint, from its shapes. Heads are 64 wide unless the file's config says otherwise."""
+    """Sizes of the CCLM in a checkpoint, from its shapes. Heads are 64 wide unless config says."""
 
-    def shape(name, dimensions=2):
-        return shape_of(tensors, name, dimensions, source, "CCLM")
+    def shape(name):
+        return shape_of(tensors, name, source, "CCLM")
 
-    vision_width, _, patch_size, _ = shape("vision_encoder.patch_embed.proj.weight", 4)
+    vision_width, _, patch_size, _ = shape("vision_encoder.patch_embed.proj.weight")
+    # (2 x patches a side - 1)² + 3 rows
     table_rows, vision_heads = shape("vision_encoder.blocks.0.attn.relative_position_bias_table")
+    patches = (round((table_rows - 3) ** 0.5) + 1) // 2
     vocabulary, width = shape("text_encoder.embeddings.word_embeddings.weight")
+    text, cross = "text_encoder.encoder.layer.", "cross_encoder.encoder.layer."
     heads = max(1, width // 64)
-    sizes = Sizes(
-        width=width, vocabulary=vocabulary,
-        text_layers=count_layers(tensors, "text_encoder.encoder.layer."),
-        cross_layers=count_layers(tensors, "cross_encoder.encoder.layer."),
-        text_heads=size_of(config, "text_heads", heads, source, width),
-        cross_heads=size_of(config, "cross_heads", heads, source, width),
-        text_feed_forward=shape("text_encoder.encoder.layer.0.intermediate.dense.weight")[0],
-        cross_feed_forward=shape("cross_encoder.encoder.layer.0.intermediate.dense.weight")[0],
+    # what only some models' files have: contrastive features, and the decoder
+    embed_dim = 0
+    if "vision_proj.weight" in tensors:
+        embed_dim = shape("vision_proj.weight")[0]
+    decoder_positions, decoder_types = config.get("decoder_positions", 512), 2
+    if "text_decoder.bert.embeddings.word_embeddings.weight" in tensors:
+        decoder_positions = shape("text_decoder.bert.embeddings.position_embeddings.weight")[0]
+        decoder_types = shape("text_decoder.bert.embeddings.token_type_embeddings.weight")[0]
+    return Sizes(
+        width=width,
+        vocabulary=vocabulary,
+        text_layers=count_layers(tensors, text, ".intermediate.dense.bias"),
+        cross_layers=count_layers(tensors, cross, ".intermediate.dense.bias"),
+        text_heads=config.get("text_heads", heads),
+        cross_heads=config.get("cross_heads", heads),
+        text_feed_forward=shape(text + "0.intermediate.dense.weight")[0],
+        cross_feed_forward=shape(cross + "0.intermediate.dense.weight")[0],
         text_positions=shape("text_encoder.embeddings.position_embeddings.weight")[0],
         text_types=shape("text_encoder.embeddings.token_type_embeddings.weight")[0],
-        vision_width=vision_width, vision_layers=count_layers(tensors, "vision_encoder.blocks."),
+        vision_width=vision_width,
+        vision_layers=count_layers(tensors, "vision_encoder.blocks.", ".mlp.fc1.bias"),
         vision_heads=vision_heads,
-        vision_feed_forward=shape("vision_encoder.blocks.0.mlp.fc1.weight")[0], patch_size=patch_size,
-        image_size=(round(max(0, table_rows - 3) ** 0.5) + 1) // 2 * patch_size,
-        embed_dim=shape("vision_proj.weight")[0] if "vision_proj.weight" in tensors else 0,
-        decoder_positions=size_of(config, "decoder_positions", 512, source))
-    if "text_decoder.bert.embeddings.word_embeddings.weight" in tensors:
-        sizes = replace(sizes, decoder_positions=shape("text_decoder.bert.embeddings.position_embeddings.weight")[0],
-                        decoder_types=shape("text_decoder.bert.embeddings.token_type_embeddings.weight")[0])
-    return sizes
+        vision_feed_forward=shape("vision_encoder.blocks.0.mlp.fc1.weight")[0],
+        patch_size=patch_size,
+        image_size=patches * patch_size,
+        embed_dim=embed_dim,
+        decoder_positions=decoder_positions,
+        decoder_types=decoder_types)
 
 
-def from_pretrained(tensors, config, task, image_size, source, **options):
+def from_pretrained(tensors, config, task, source, image_size=384, num_labels=None, **options):
     """CCLM for `task` from the released pre-training checkpoint; `options` go to the constructor.
 
-    The file must be exactly that: all of its tensors, with the right shapes, and no other. What the task does not need
-    is left out (masked language and box heads; for xGQA and XVNLI also the contrastive and matching heads), what the
-    file lacks keeps its initialisation (XVNLI: cls_head; xGQA: the decoder's embeddings and output layers, while its
-    layers start as copies of the cross-modal layers).
-    Relative position tables are resized to `image_size`. Raises ValueError, one line, for any other file.
+    The file must be exactly that. What the task does not need is left out (masked language and box
+    heads; for xGQA and XVNLI also the contrastive and matching heads), what the file lacks keeps
+    its initialisation (cls_head; the decoder's embeddings and output, while its layers start as
+    copies of the cross-modal layers). Relative position tables are resized to image_size;
+    num_labels is UC2's. Raises ValueError, one line, for any other file.
     """
     sizes = read_sizes(tensors, config, source)
-    with torch.device("meta"):  # shapes only
-        check_file(CCLM(sizes, "pretraining"), tensors, source)
     if image_size % sizes.patch_size:
-        raise ValueError(f"{source}: an image of {image_size} pixels a side does not divide into patches of "
-                         f"{sizes.patch_size}")
-    model = CCLM(replace(sizes, image_size=image_size), task, **options)
-    names = {ours: theirs.replace("text_decoder.bert.encoder.", "cross_encoder.encoder.")
-             for ours, theirs in model.checkpoint_names().items()}
-    names = {ours: theirs for ours, theirs in names.items() if theirs in tensors}
-    table_rows = len(model.vision.blocks[0].attn.relative_position_bias_table)
-    tables = {name: resize_position_table(tensor, table_rows) for name, tensor in tensors.items()
-              if name.endswith("relative_position_bias_table")}
-    copy_tensors(model, tensors | tables, names)
+        raise ValueError(f"{source}: an image of {image_size} pixels a side does not divide into "
+                         f"patches of {sizes.patch_size}")
+    sizes = replace(sizes, image_size=image_size)
+    with torch.device("meta"):  # names and shapes only
+        whole = CCLM(sizes, "pretraining")
+    model = CCLM(sizes, task, **options)
+    resized = {}
+    for name, tensor in tensors.items():
+        if name.endswith("relative_position_bias_table"):
+            rows = len(model.vision.blocks[0].attn.relative_position_bias_table)
+            resized[name] = resize_position_table(tensor, rows)
+    load(model, tensors | resized, source, whole)
+    if task == "xgqa":
+        model.decoder.layers.load_state_dict(model.cross_layers.state_dict())
     return model
 
 
 def from_finetuned(tensors, config, task, source, **options):
-    """CCLM from a file that holds the fine-tuned model of this very task (ours or the reference's).
+    """CCLM from a file of the fine-tuned model of this very task (ours or the reference's).
 
-    Raises ValueError for any other file.
+    Raises ValueError, one line, for any other file.
     """
     sizes = read_sizes(tensors, config, source)
-    return load_finetuned(lambda: CCLM(sizes, task, **options), tensors, source)
+    return load(CCLM(sizes, task, **options), tensors, source)

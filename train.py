@@ -1,34 +1,31 @@
-"""Fine-tune CCLM or UC2 on English task data, with scheduled unfreezing or without, and test it in every language.
+"""Fine-tune CCLM or UC2 on English, with scheduled unfreezing (SUF) or without; test all languages.
 
     python train.py --model cclm --task xgqa --suf
         on the embedded miniature: no data, no GPU, about a minute
-    python train.py --model cclm --task xgqa --suf --data IGLUE --checkpoint cclm_x2vlm_base.th \\
-                    --tokenizer sentencepiece.bpe.model
+    python train.py --model cclm --task xgqa --suf --data IGLUE \\
+                    --checkpoint cclm_x2vlm_base.th --tokenizer sentencepiece.bpe.model
         the paper's experiment
     torchrun --nproc_per_node 8 train.py ...
         the same on eight GPUs
-    python train.py --few-shot de --shots 48 --init RUN
-        a finished run goes on with a few examples of another language
 
-Paper: section 3 (scheduled unfreezing), 4.1 (recipes, in recipes.py), 5.2
-(--lr-decay), 5.3 (--train-top), 5.4 (few-shot).
+Paper: section 3 (SUF: --suf), 4.1 (the recipes below), 5.2 (--lr-decay), 5.3 (--train-top). The
+loop is `fit`; what SUF adds to it is marked there.
 
-A run is a folder: args.json, log.jsonl (a line per step, a line per evaluation), results.json, predictions/, model.pt
-(official names), last.pt (to resume from), timing.json. Nothing random depends on the past: batches, augmentation and
-dropout are functions of (seed, step), so an interrupted and resumed run ends in the same weights, bit for bit on a CPU.
+A run is a folder: args.json (what was asked for), log.jsonl (a line per step and per evaluation),
+results.json, predictions/, model.pt (official tensor names), last.pt (to resume from). Nothing
+random depends on the past: batches, augmentation and dropout are functions of (seed, step). So a
+run that was stopped and resumed ends in the same weights as one that was not, bit for bit on a CPU.
 """
 
-import argparse
 import contextlib
-import itertools
 import json
 import math
 import os
-import resource
 import shlex
+import shutil
+import signal
 import sys
-import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -36,117 +33,291 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import cclm
 import data
 import eval as evaluation
-import files
-import mini
 import schedule
-import uc2
 import vit
-from files import InputError
-from model import TransformerLayer, read_checkpoint
-from processes import Stop, interrupt, on_all_ranks, on_signals, ranks, say, start
-from recipes import Recipe, contradiction, few_shot_recipe, parse_args, recipe_of, strategy_name
-from run_folder import (
-    FLAGS,
-    RECIPE_FLAGS,
-    Log,
-    check_same,
-    first_weights,
-    input_files,
-    resume,
-    start_folder,
-    write_tensors,
-    write_weights,
-)
+from data import InputError
+from eval import ranks
+from miniature import world
+from model import TransformerLayer, file_tensors, read_checkpoint
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What trains when, and at which rate
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+# --------------------------------------------------------------------------------------------------
+# Recipes: every number of the paper's runs
 
 
-def trainable_layers(args, recipe, epoch, num_layers):
-    """Set of the layers (0 = bottom) that train in an epoch (from 0)."""
-    if args.suf is not None:
-        return schedule.suf(epoch, num_layers, recipe.suf_k if args.suf is True else args.suf, args.layer_order)
-    return schedule.train_top(num_layers, num_layers if args.train_top is None else args.train_top)
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of a fine-tuning run. Paper section 4.1 unless a comment says otherwise."""
+
+    epochs: int
+    batch_size: int  # over all processes and accumulation steps
+    lr: float
+    vision_lr: float | None = None  # None: as lr
+    embedding_lr: float | None = None  # None: as lr
+    weight_decay: float = 0.01
+    warmup: float = 0.1  # share of all steps; linear up, then linear down to 0
+    suf_k: int = 3  # section 3: layers that thaw per epoch
+    betas: tuple = (0.9, 0.98)  # CCLM's code
+    eps: float = 1e-8  # CCLM's code
+    clip: float | None = None  # most of the gradient's norm; CCLM's code does not clip
+    dropout: float = 0.1  # both references' models
+    drop_path: float = 0.1  # stochastic depth of CCLM's image encoder
+    image_size: int = 384
+    augment: bool = True  # CCLM's code
+    few_shot_epochs: int = 20  # IGLUE's, as section 5.4 says
+    few_shot_lrs: tuple = (1e-4, 5e-5, 1e-5)
+    micro_batch: int = 32  # ours: most examples in one forward pass; more is accumulated
+    # how each reference reads texts: clean-up, most words, most tokens (None: no limit)
+    clean: str = ""
+    train_words: int | None = None
+    test_words: int | None = None
+    train_tokens: int | None = None
+    test_tokens: int | None = None
 
 
-def layer_order(args, model, dataset, items, device):
-    """The order in which layers thaw, for `schedule.suf`: None for the paper's, top-down."""
-    n = len(model.layers)
-    if args.order == "bottom-up":
-        return list(range(n))
-    if args.order == "random":
-        return np.random.default_rng(args.seed).permutation(n).tolist()
-    return fisher_order(model, dataset, items, device) if args.order == "fisher" else None
+CCLM = {"lr": 3e-5, "vision_lr": 2e-5}
+QUESTIONS = {"clean": "question", "train_words": 30, "test_words": 50, "train_tokens": 40}
+CAPTIONS = {"clean": "caption", "train_words": 80, "test_words": 80, "train_tokens": 80}
+UC2 = {"betas": (0.9, 0.999), "eps": 1e-6, "clip": 1.0}  # IGLUE's
+UC2_QUESTIONS = {"train_tokens": 40, "test_tokens": 40}
+UC2_CAPTIONS = {"train_tokens": 80, "test_tokens": 80}
+RECIPES = {
+    ("cclm", "xgqa"): Recipe(5, 256, **CCLM, **QUESTIONS),
+    ("cclm", "xvnli"): Recipe(10, 144, **CCLM, **CAPTIONS, micro_batch=36),
+    ("cclm", "xflickrco"): Recipe(10, 128, **CCLM, **CAPTIONS, test_tokens=80),
+    ("uc2", "xgqa"): Recipe(5, 256, lr=4e-5, **UC2, **UC2_QUESTIONS, micro_batch=64),
+    ("uc2", "xvnli"): Recipe(10, 128, lr=2e-5, **UC2, **UC2_CAPTIONS, micro_batch=64),
+    ("uc2", "xflickrco"): Recipe(10, 64, lr=2e-5, **UC2, **UC2_CAPTIONS, micro_batch=16),
+}
 
 
-def fisher_order(model, dataset, items, device):
-    """Layers by the trace of their empirical Fisher information, largest first (after
-    Liu et al. 2024, FUN with Fisher).
+def recipe_of(args, config):
+    """The paper's recipe, changed by the checkpoint's own, changed by the flags.
 
-    The trace is the squared gradient of a batch, summed over the layer and over `items`. Taken once, from the
-    pre-trained model: theirs is renewed whenever a layer thaws, which would make the schedule depend on the past.
+    config: of the checkpoint. The miniature's bring {"recipe": {task: {field: value}}}, because the
+    paper's numbers cannot fit tiny models. -> (recipe, lines on what of it is not the paper's).
     """
-    trace = [0.0] * len(model.layers)
-    model.eval()
-    for batch in data.load_batches(dataset, items, 0, device):
-        model.zero_grad(set_to_none=True)
-        batch.pop("ids")
-        model({name: tensor.to(device) for name, tensor in batch.items()}).backward()
-        for i, layer in enumerate(model.layers):
-            trace[i] += sum(parameter.grad.square().sum().item() for parameter in layer.parameters())
-    model.zero_grad(set_to_none=True)
-    return sorted(range(len(trace)), key=lambda i: -trace[i])
+    paper = RECIPES[args.model, args.task]
+    own = config.get("recipe", {}).get(args.task, {})
+    fields = asdict(paper)
+    flags = {name: value for name, value in vars(args).items() if name in fields and value}
+    with data.reading(f"{args.checkpoint}: the recipe it brings"):
+        recipe = replace(paper, **own | flags)
+    changed = []
+    for name in own | flags:
+        value, printed = getattr(recipe, name), getattr(paper, name)
+        if value != printed and not name.startswith("few_shot"):
+            changed.append(f"{name} {value} (paper: {printed})")
+    return recipe, changed
 
 
-def learning_rates(args, recipe, num_layers):
-    """Peak learning rate of every part of the model: "layer 0" …, "embeddings", "vision", "head"."""
-    decay = 1.0 if args.lr_decay is None else args.lr_decay
-    rates = {f"layer {i}": rate for i, rate in enumerate(schedule.layer_decay(recipe.lr, decay, num_layers))}
-    embeddings = recipe.lr if recipe.embedding_lr is None else recipe.embedding_lr
-    if args.embedding_lr is None:  # the paper is silent: one step further down than the lowest layer
-        embeddings *= decay**num_layers
-    vision = recipe.lr if recipe.vision_lr is None else recipe.vision_lr
-    return rates | {"embeddings": embeddings, "vision": vision, "head": recipe.lr}
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+HELP = __doc__.split("\n\nA run is")[0] + """
+
+what        --model uc2|cclm           the encoder
+            --task xgqa|xvnli|xflickrco
+strategy    --suf [K]                  scheduled unfreezing: K more layers per epoch, from the top
+                                       (default: the recipe's K)
+            --lr-decay D               learning rate times D per layer down
+            --train-top N              only the top N layers train; nor do the embeddings
+            --lp-ft                    no layer trains in epoch 1, all of them afterwards
+            --freeze [embeddings] [vision]    what stays frozen beside layers
+of --suf    --order bottom-up|random   instead of from the top
+            --suf-interval STEPS       thaw every so many steps instead of every epoch
+            --only less                control: all layers train from the first step, each at the
+                                       share of its learning rate that SUF leaves it
+            --only later               control: SUF, with rates raised to make up for that share
+data        --data DIR                 IGLUE's files (default: the embedded miniature)
+            --checkpoint FILE          official pre-trained checkpoint
+            --tokenizer FILE           XLM-R's sentencepiece.bpe.model
+            --limit N                  the first N records for training, and N per language
+recipe      --epochs, --batch-size, --lr, --vision-lr, --embedding-lr    instead of the paper's
+            --first-image-negatives    UC2 on xFlickrCO: the mistake in IGLUE's code
+            --answers exact|reference  CCLM on xGQA: argmax over all labels (default), or the
+                                       released code's ranking of 128 candidates
+            --seed S                   of everything random (default: 0)
+speed       --precision float32|bf16   of activations (default: bf16 on a GPU)
+            --grad-accum N             forward passes per optimizer step and process
+            --questions-per-image N    keep N examples of an image together, to share its encoding
+            --compile                  torch.compile the layers
+            --workers N                processes that load images (default: half the cores)
+run         --run-dir DIR              its folder (default: runs/MODEL-TASK-STRATEGY-seedS)
+            --resume                   go on where the run in this folder stopped
+            --eval-every-epoch         test all languages after every epoch (default on the
+                                       miniature's xGQA and XVNLI)
+            --save-epochs              keep the weights of every epoch: epoch1.pt, ...
+            --deterministic            same bits on a GPU too (slower)
+            --dry-run                  print data counts, schedule and rates; no training
+"""
+# the flags by kind of value; what each is for stands above
+PATHS = "data checkpoint tokenizer run-dir"
+NUMBERS = ("train-top suf-interval limit epochs batch-size seed grad-accum questions-per-image "
+           "workers")
+RATES = "lr-decay lr vision-lr embedding-lr"
+SWITCHES = ("lp-ft first-image-negatives compile resume eval-every-epoch save-epochs deterministic "
+            "dry-run")
+CHOICES = {"model": "uc2 cclm", "task": "xgqa xvnli xflickrco", "order": "bottom-up random",
+           "only": "less later", "answers": "exact reference", "precision": "float32 bf16"}
+
+
+def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = evaluation.Parser()
+    parser.format_help = lambda: HELP
+    for names, kind in ((PATHS, str), (NUMBERS, int), (RATES, float)):
+        for name in names.split():
+            parser.add_argument(f"--{name}", type=kind)
+    for name in SWITCHES.split():
+        parser.add_argument(f"--{name}", action="store_true")
+    for name, values in CHOICES.items():
+        parser.add_argument(f"--{name}", choices=values.split())
+    parser.add_argument("--suf", nargs="?", type=int, const=True)
+    parser.add_argument("--freeze", nargs="*", choices=["embeddings", "vision"])
+    workers = min(8, (os.cpu_count() or 1) // 2)
+    parser.set_defaults(seed=0, questions_per_image=1, answers="exact", workers=workers)
+    args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "train.py", *argv])
+    args.few_shot = args.shots = args.init = None  # of tools/few_shot.py, which shares this file
+    if args.freeze is None:
+        args.freeze = [] if args.train_top is None else ["embeddings"]
+    args.freeze.sort()
+
+    # what contradicts itself
+    if not (args.model and args.task):
+        parser.error("--model and --task are required")
+    strategies = (args.suf, args.lr_decay, args.train_top, args.lp_ft or None)
+    if strategies.count(None) < 3:
+        parser.error("--suf, --lr-decay, --train-top and --lp-ft are alternatives")
+    if args.suf is None and (args.order or args.suf_interval or args.only):
+        parser.error("--order, --suf-interval and --only belong to --suf, which is not given")
+    if len({bool(path) for path in (args.data, args.checkpoint, args.tokenizer)}) > 1:
+        parser.error("--data, --checkpoint and --tokenizer go together (or none: the miniature)")
+    if args.questions_per_image > 1 and (args.model, args.task) == ("cclm", "xflickrco"):
+        parser.error("--questions-per-image: CCLM's retrieval needs one caption of every image")
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "workers", "train_top") else 1e-30
+        most = 1 if name == "lr_decay" else 2**62
+        if type(value) in (int, float) and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} cannot be {value}")
+    return args
+
+
+def strategy_name(args):
+    """Short name of what was asked for; part of the default folder's name."""
+    name = "lpft" if args.lp_ft else "standard"
+    for prefix, value in (("suf", args.suf), ("decay", args.lr_decay), ("top", args.train_top)):
+        if value is not None:
+            name = prefix if value is True else f"{prefix}{value:g}"
+    parts = [name, args.order, args.only]
+    if args.suf_interval:
+        parts.append(f"every{args.suf_interval}")
+    usual = [] if args.train_top is None else ["embeddings"]
+    if args.freeze != usual:
+        parts += ["frozen", *(args.freeze or ["nothing"])]
+    return "-".join(filter(None, parts))
+
+
+# --------------------------------------------------------------------------------------------------
+# What trains when, and at which rate. Layers count from 0, the bottom, here; from 1 in print.
+
+
+def suf_layers(args, recipe, step, steps, num_layers):
+    """Set of the layers that SUF trains at a step (from 0). steps: of an epoch."""
+    k = recipe.suf_k if args.suf is True else args.suf
+    phase = step // (args.suf_interval or steps)
+    order = None  # the paper's: from the top
+    if args.order == "bottom-up":
+        order = range(num_layers)
+    if args.order == "random":
+        order = np.random.default_rng(args.seed).permutation(num_layers).tolist()
+    return schedule.suf(phase, num_layers, k, order)
+
+
+def trainable_layers(args, recipe, step, steps, num_layers):
+    """Set of the layers that train at a step (from 0) by any strategy. steps: of an epoch."""
+    if args.lp_ft and step < steps:
+        return set()
+    if args.train_top is not None:
+        return schedule.train_top(num_layers, min(num_layers, args.train_top))
+    if args.suf is None or args.only == "less":
+        return set(range(num_layers))
+    return suf_layers(args, recipe, step, steps, num_layers)
+
+
+def learning_rates(args, recipe, steps, num_layers):
+    """Peak rate of every part: "layer 1" (bottom) …, "embeddings", "vision", "head"."""
+    decay = args.lr_decay or 1.0
+    rates = schedule.layer_decay(recipe.lr, decay, num_layers)
+    if args.only:
+        # the share of its learning rate, summed over the run, that SUF leaves to each layer
+        every_step = range(steps * recipe.epochs)
+        trained = [suf_layers(args, recipe, step, steps, num_layers) for step in every_step]
+        factors = [lr_factor(step, len(every_step), recipe.warmup) for step in every_step]
+        for i, share in enumerate(schedule.rate_shares(trained, factors, num_layers)):
+            if args.only == "less":
+                rates[i] *= share
+            elif share > 0:
+                rates[i] /= share
+    parts = {f"layer {i + 1}": rate for i, rate in enumerate(rates)}
+    parts["embeddings"] = recipe.embedding_lr or recipe.lr
+    if args.embedding_lr is None:
+        parts["embeddings"] *= decay**num_layers  # the paper is silent: below the lowest layer
+    return parts | {"vision": recipe.vision_lr or recipe.lr, "head": recipe.lr}
 
 
 def part_of(model):
-    """Parameter name -> part of the model: "layer 0" …, "embeddings", "vision" or "head"."""
-    layer_of = {id(p): f"layer {i}" for i, layer in enumerate(model.layers) for p in layer.parameters()}
-    return {name: model.group_of(name) or layer_of[id(parameter)] for name, parameter in model.named_parameters()}
+    """Parameter name -> part of the model: "layer 1" …, "embeddings", "vision" or "head"."""
+    layer_of = {}
+    for i, layer in enumerate(model.layers):
+        for parameter in layer.parameters():
+            layer_of[id(parameter)] = f"layer {i + 1}"
+    return {name: model.group_of(name) or layer_of[id(p)] for name, p in model.named_parameters()}
 
 
-def parameter_groups(model, part, rates, weight_decay):
-    """AdamW's groups, one per part and decay.
+def make_optimizer(model, args, recipe, steps):
+    """AdamW over all parameters, also of layers that start frozen: it skips what has no gradient.
 
-    All parameters from the start: what is frozen has no gradient and is skipped.
+    One group per part of the model, with weight decay or without. Freezes what args.freeze names.
     """
-    groups = {}
-    for name, parameter in model.named_parameters():
-        groups.setdefault((part[name], model.decays(name)), []).append(parameter)
-    return [{"params": parameters, "peak_lr": rates[part_name], "weight_decay": weight_decay if decays else 0.0}
-            for (part_name, decays), parameters in groups.items()]
-
-
-def make_optimizer(groups, recipe):
-    return torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=True)
+    rates = learning_rates(args, recipe, steps, len(model.layers))
+    groups, outside = {}, []
+    for name, part in part_of(model).items():
+        parameter = model.get_parameter(name)
+        parameter.requires_grad_(part not in args.freeze)
+        groups.setdefault((part, model.decays(name)), []).append(parameter)
+        if not part.startswith("layer"):
+            outside.append(parameter)
+    options = []
+    for (part, decays), parameters in groups.items():
+        weight_decay = recipe.weight_decay if decays else 0.0
+        options.append({"params": parameters, "peak_lr": rates[part], "weight_decay": weight_decay})
+    optimizer = torch.optim.AdamW(options, 0.0, recipe.betas, recipe.eps, fused=True)
+    schedule.check_partition(model, model.layers, outside, optimizer)
+    return optimizer
 
 
 def lr_factor(step, total, warmup):
-    """Linear from 0 to 1 over `warmup` steps, then linear to 0 at `total`.
+    """Linear from 0 to 1 over the share `warmup` of all steps, then linear to 0 at the last one.
 
     The first step has rate 0, as in both references.
     """
-    return step / max(1, warmup) if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
+    rising = warmup * total
+    if step < rising:
+        return step / max(1, rising)
+    return max(0.0, (total - step) / max(1, total - rising))
 
 
 def set_rates(optimizer, factor, recipe):
     """The learning rates of the step that follows, and its eps.
 
-    The references add eps before Adam's bias correction, torch after it: dividing it by the correction is the same.
-    That goes by a parameter's own number of updates, and a group's parameters unfreeze together.
+    The references add eps before Adam's bias correction, torch after it: eps divided by the
+    correction is the same. The correction goes by a parameter's own number of updates; the
+    parameters of a group thaw together.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
@@ -155,180 +326,277 @@ def set_rates(optimizer, factor, recipe):
             group["eps"] = recipe.eps / math.sqrt(1 - recipe.betas[1] ** group["updates"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
 
 
-def fit(model, examples, dataset, args, recipe, settings, device, after_epoch):
-    """Train `model` on `dataset`. after_epoch(epoch, step, log) is called after every epoch. -> the log.
+def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
+    """Train `model` on `dataset`. after_epoch(epoch, step, log) is called after every epoch.
 
-    A batch is split into equal parts, one forward pass each: `grad_accum` for every process. A signal ends the program
-    after the step, with everything saved (see `Stop`). InputError if a loss or gradient is not finite.
+    Every process runs its share of a batch in args.grad_accum equal parts. -> the log (None in
+    processes that write none). InputError if a loss or a gradient is not finite.
     """
     rank, processes = ranks()
-    steps = len(examples) // recipe.batch_size  # per epoch
-    total, parts = steps * recipe.epochs, processes * args.grad_accum
+    steps = len(examples) // recipe.batch_size  # of an epoch
+    total, num_layers = steps * recipe.epochs, len(model.layers)
+    optimizer = make_optimizer(model, args, recipe, steps)
+    first, saved = 0, os.path.join(args.run, "last.pt")
+    if args.resume and os.path.isfile(saved):
+        state = torch.load(saved, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    log = open_log(args.run, first) if rank == 0 else None
+
+    # the batches, each in equal parts, of which this process runs `mine`
     mine = range(rank * args.grad_accum, (rank + 1) * args.grad_accum)
-    optimizer = prepare_parameters(model, args, recipe)
-    states = on_all_ranks(resume, args.run, settings, model, optimizer) if args.resume else [0]
-    if len(set(states)) > 1:
-        raise InputError(f"{args.run}: the processes see different last.pt; their run folder must be a shared one")
-    first = states[0]
-    if first > total:
-        raise InputError(f"{args.run}: its last.pt is from step {first} of {total}, which cannot be")
-    log = Log(args.run, first) if rank == 0 else None
-    items = data.training_items(examples, recipe.batch_size, args.seed, recipe.epochs, first, parts, mine,
-                                **batch_composition(args, examples))
+    groups = examples.image_rows if args.questions_per_image > 1 else None
+    pool = 1 if args.task == "xflickrco" else 16  # retrieval: not by length, fully at random
+    items = data.training_items(
+        examples, recipe.batch_size, args.seed, recipe.epochs, first, processes * args.grad_accum,
+        mine, pool=pool, groups=groups, group_size=args.questions_per_image)
     batches = data.load_batches(dataset, items, args.workers, device)
     if args.compile:
         compile_layers(model)
-    with tqdm(total=total, initial=first, desc="training", unit="step", disable=rank > 0, dynamic_ncols=True) as bar:
-        stop, loss_of = Stop(), None
-        model.train()
+    model.train()
+    if first and first % steps == 0:  # it was stopped between this epoch and the next
+        after_epoch(first // steps - 1, first, log)
+    bar = evaluation.progress(range(first, total), "training")
+    wrapped = None
+    for step in bar:
+        stop.in_step = True
+        epoch = step // steps
 
-        def end_epoch(step):
-            stop.leave_step()
-            after_epoch(step // steps - 1, step, log)
-            stop.in_step = True
+        # >>> This is scheduled unfreezing: which layers train from here on.
+        trainable = trainable_layers(args, recipe, step, steps, num_layers)
+        changed = schedule.apply(model.layers, trainable)
+        # <<< Everything else is ordinary fine-tuning.
 
-        if first and first % steps == 0:  # what follows the epoch may have been cut short
-            end_epoch(first)
-        for step in range(first, total):
-            epoch = step // steps
-            trainable = trainable_layers(args, recipe, epoch, len(model.layers))
-            if schedule.apply(model.layers, trainable) or loss_of is None:
-                announce(model, epoch, trainable)
-                if args.compile:
-                    torch.compiler.reset()  # torch 2.11 would reuse what it compiled while a layer was frozen
-                loss_of = None  # the old wrapper's hooks go before the new one's come
-                loss_of = wrap(model, device)
-            factor = lr_factor(step, total, recipe.warmup * total)
-            set_rates(optimizer, factor, recipe)
-
-            losses, ids = [], []
-            for part in mine:
-                batch = next(batches)
-                ids += batch.pop("ids")
-                batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-                seed_part(args.seed, step, part)
-                # gradients travel between the processes once per step, after the last part
-                with loss_of.no_sync() if dist.is_initialized() and part != mine[-1] else contextlib.nullcontext():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                        loss = loss_of(batch)
-                    (loss / args.grad_accum).backward()
-                losses.append(loss.detach())
-            norm = clip_gradients(model, recipe.clip)
-
-            shared = torch.stack([torch.stack(losses).mean(), norm, torch.tensor(float(stop.requested), device=device)])
+        if changed or wrapped is None:
+            say(f"epoch {epoch + 1}: {len(trainable)} of {num_layers} layers train")
+            if args.compile:
+                torch.compiler.reset()  # torch 2.11 would reuse what it compiled for a frozen layer
+            # DDP averages the gradients of what trained when it was made: one for every phase
+            wrapped = model  # the old wrapper's hooks go before the new one's come
             if dist.is_initialized():
-                dist.all_reduce(shared)
-            loss, norm, stopping = (shared / processes).tolist()
-            done = step + 1
-            check_finite(args.run, done, loss, norm, ids)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if log:
-                log.add(step=done, epoch=epoch + 1, loss=loss, gradient_norm=norm, lr_factor=factor)
-            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}", refresh=False)
-            bar.update()
+                wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                                  broadcast_buffers=False)
+        factor = lr_factor(step, total, recipe.warmup)
+        set_rates(optimizer, factor, recipe)
 
-            if log and (done % steps == 0 or done % args.save_every == 0 or stopping):
-                log.sync()  # before last.pt: its step is never ahead of the log
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings,
-                         "step": done}
-                write_tensors(os.path.join(args.run, "last.pt"), state)
-            if stopping:
-                if dist.is_initialized():
-                    dist.barrier()  # where one process has ended, torchrun ends the others, even while they save
-                say(f"stopped and saved after step {done} of {total}; the same command with --resume goes on")
-                sys.exit(128 + stop.number)
-            if done % steps == 0:
-                end_epoch(done)
-        stop.leave_step()
+        # forward and backward, part by part
+        losses, ids = [], []
+        for part in mine:
+            batch = next(batches)
+            ids += batch.pop("ids")
+            for name, tensor in batch.items():
+                batch[name] = tensor.to(device, non_blocking=True)
+            seed_part(args.seed, step, part)
+            # gradients travel between processes once per step, after the last part
+            waits = dist.is_initialized() and part != mine[-1]
+            with wrapped.no_sync() if waits else contextlib.nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
+                    loss = wrapped(batch)
+                (loss / args.grad_accum).backward()
+            losses.append(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
+
+        # means over the processes; was any of them told to stop?
+        told = torch.tensor(float(stop.number > 0), device=device)
+        shared = torch.stack([torch.stack(losses).mean(), norm, told])
+        if dist.is_initialized():
+            dist.all_reduce(shared)
+        loss, norm, stopping = (shared / processes).tolist()
+        if not math.isfinite(loss + norm):
+            raise InputError(f"{args.run}: loss {loss}, gradient norm {norm} at step {step + 1}, "
+                             f"on the records {' '.join(ids)}")
+
+        # the update
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        if log:
+            add_line(log, step=done, epoch=epoch + 1, loss=loss, gradient_norm=norm,
+                     lr_factor=factor)
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+
+        # save, stop if asked to, test
+        if log and (done % steps == 0 or stopping):
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            write_tensors(saved, state)
+        if stopping:
+            if dist.is_initialized():
+                dist.barrier()  # once one process has ended, torchrun ends the others
+            say(f"stopped and saved after step {done} of {total}; --resume goes on")
+            sys.exit(128 + (stop.number or signal.SIGTERM))
+        stop.in_step = False
+        if done % steps == 0:
+            after_epoch(epoch, done, log)
     return log
 
 
-def prepare_parameters(model, args, recipe):
-    """Freeze what is frozen throughout, check that every parameter has its place. -> optimizer."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.group_of(name) not in args.freeze)
-    rates = learning_rates(args, recipe, len(model.layers))
-    optimizer = make_optimizer(parameter_groups(model, part_of(model), rates, recipe.weight_decay), recipe)
-    outside = [parameter for name, parameter in model.named_parameters() if model.group_of(name)]
-    schedule.check_partition(model, model.layers, outside, optimizer)
-    return optimizer
-
-
-def batch_composition(args, examples):
-    """How `data.epoch_batches` puts batches together."""
-    if args.questions_per_image > 1:
-        return {"groups": examples.image_rows, "group_size": args.questions_per_image}
-    # captions of one length would be too easy to tell apart by it: in retrieval, batches stay random
-    return {"pool": 1 if args.task == "xflickrco" else 16}
-
-
-def wrap(model, device):
-    """What gives the loss: the model, under DistributedDataParallel where there are several processes.
-
-    Made anew for every phase: DDP averages the gradients of what was trainable when it was made, and only those.
-    """
-    if not dist.is_initialized():
-        return model
-    device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
 def compile_layers(model):
-    """torch.compile every layer by itself, for texts of any length.
-
-    Layers of one kind share their compiled code, so a handful of graphs serve all, where the whole model in one graph
-    takes minutes to trace.
-    """
+    """torch.compile every layer by itself: layers of one kind share their compiled code."""
     torch._dynamo.config.recompile_limit = 64  # kinds of layer x (trained, frozen, in evaluation)
-    for part in model.modules():
-        if isinstance(part, (TransformerLayer, vit.Block)):
-            part.compile(dynamic=True)
+    for module in model.modules():
+        if isinstance(module, (TransformerLayer, vit.Block)):
+            module.compile(dynamic=True)
 
 
 def seed_part(seed, step, part):
-    """The generator of dropout and stochastic depth for one part of one step: the same whichever process runs it."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, part)).generate_state(1, np.uint64)[0] >> 1))
+    """Seed dropout and stochastic depth of one part of one step, whichever process runs it."""
+    [number] = np.random.SeedSequence((seed, step, part)).generate_state(1, np.uint64)
+    torch.manual_seed(int(number >> 1))
 
 
-def clip_gradients(model, most):
-    """Scale the gradients to a global norm of at most `most` (None: leave them). -> the norm before."""
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
-    if most is not None:
-        torch.nn.utils.clip_grads_with_norm_(trained, most, norm)
-    return norm
+# --------------------------------------------------------------------------------------------------
+# Several processes as one, and signals
 
 
-def check_finite(run, step, loss, norm, ids):
-    if math.isfinite(loss) and math.isfinite(norm):
+def say(text):
+    """Print, once per run, without tearing a progress bar."""
+    if ranks()[0] == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def start(args):
+    """Choose the device; join the other processes if torchrun started any. -> torch.device."""
+    device = evaluation.accelerator()
+    args.device = evaluation.describe(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise InputError("WORLD_SIZE is set, but not all of RANK, MASTER_ADDR and MASTER_PORT: "
+                             "start several processes with torchrun, or unset WORLD_SIZE for one")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if args.precision is None:
+        args.precision = "bf16" if device.type == "cuda" else "float32"
+    return device
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end a run after the current training step, with everything saved.
+
+    Outside of a step, and the second time, they end it at once: KeyboardInterrupt, see `main`.
+    """
+
+    def __init__(self):
+        self.number, self.in_step = 0, False  # number: of the signal that came
+        signal.signal(signal.SIGINT, self.request)
+        signal.signal(signal.SIGTERM, self.request)
+
+    def request(self, number, frame):
+        if self.number or not self.in_step:
+            raise KeyboardInterrupt(number)
+        self.number = number
+
+
+# --------------------------------------------------------------------------------------------------
+# The run's folder
+
+
+def open_log(run, step):
+    """log.jsonl, with what a stopped run wrote there up to optimizer step `step`. -> the open file.
+
+    What was evaluated after that step is done again. The log holds no times: that of a resumed run
+    equals that of an uninterrupted one.
+    """
+    path, kept = os.path.join(run, "log.jsonl"), ""
+    if step:
+        for _, entry in data.read_jsonl(path):
+            if entry["step"] < step or (entry["step"] == step and "loss" in entry):
+                kept += json.dumps(entry) + "\n"
+    data.write(path, lambda file: file.write(kept.encode()))
+    return open(path, "a", encoding="utf-8")
+
+
+def add_line(log, **entry):
+    with data.writing(log.name):
+        log.write(json.dumps(entry) + "\n")
+        log.flush()
+
+
+def write_tensors(path, content):
+    data.write(path, lambda file: torch.save(content, file))
+
+
+def write_weights(path, model):
+    """The model under its official names, with what no shape tells."""
+    write_tensors(path, {"model": file_tensors(model), "config": model.config()})
+
+
+def fingerprints_of(args, weights, examples, tests):
+    """Of every file that decides a run's numbers, but for images and features.
+
+    By the last two parts of its path, so that data may move: {"de/test.json": …}.
+    """
+    files = [weights, args.tokenizer, examples.source]
+    if args.task == "xgqa":
+        files.append(os.path.join(args.data, "gqa", "annotations", "trainval_ans2label.json"))
+    files += [part.source for part in tests.examples.values()]
+    return {"/".join(path.split(os.sep)[-2:]): data.fingerprint(path) for path in files}
+
+
+def settings_of(args, recipe, fingerprints):
+    """What a resumed run must share with the run it continues."""
+    settings = {"strategy": strategy_name(args)} | asdict(recipe) | fingerprints
+    for name in ("model", "task", "seed", "limit", "questions_per_image", "first_image_negatives",
+                 "precision", "deterministic", "few_shot", "shots"):
+        settings[name] = getattr(args, name)
+    processes = ranks()[1]
+    settings["processes x accumulation"] = processes * args.grad_accum
+    if args.model == "cclm" and args.task == "xflickrco":  # others' captions are negatives
+        settings["processes"] = processes
+    return {name: str(value) for name, value in settings.items()}
+
+
+def free_name(folder):
+    """The folder, or the first of folder-2, folder-3 … that holds no run."""
+    name, number = folder, 1
+    while os.path.exists(os.path.join(name, "args.json")):
+        number += 1
+        name = f"{folder}-{number}"
+    return name
+
+
+def start_folder(args, recipe, changed, model, fingerprints):
+    """Make the run's folder with its args.json.
+
+    InputError where a resumed run was another one, or where the disk is too small for its end.
+    """
+    path, settings = os.path.join(args.run, "args.json"), settings_of(args, recipe, fingerprints)
+    if os.path.isfile(path):
+        then = data.read_json(path)["settings"]
+        for name, value in settings.items():
+            if then.get(name) != value:
+                raise InputError(f"{args.run}: cannot resume with other settings: {name} was "
+                                 f"{then.get(name)}, now {value}")
+    if ranks()[0] > 0:
         return
-    report = f"nonfinite-{ranks()[0]}.json"
-    numbers = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "records": ids}
-    files.write_json(os.path.join(run, report), numbers)
-    raise InputError(
-        f"{run}: loss {loss} and gradient norm {norm} at step {step}; this batch's records are in {report}")
+    data.make_folder(os.path.join(args.run, "predictions"))
+    # model.pt; last.pt with Adam's two moments, beside the one before; every epoch's weights
+    copies = 1 + 2 * 3 + args.save_epochs * recipe.epochs
+    needed = copies * 4 * sum(parameter.numel() for parameter in model.parameters())
+    free = shutil.disk_usage(args.run).free
+    if free < needed:
+        raise InputError(f"{args.run}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed")
+    places = {name: portable(getattr(args, name)) for name in ("data", "checkpoint", "tokenizer")}
+    data.write_json(path, {
+        "command": args.command, "args": vars(args) | places, "recipe": asdict(recipe),
+        "not_as_in_the_paper": changed, "settings": settings, "fingerprints": fingerprints,
+        "torch": torch.__version__})
 
 
-def announce(model, epoch, trainable):
-    """One line on what trains from this epoch on."""
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    everything, training = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
-    layers = sorted(trainable)
-    if layers == list(range(len(model.layers))):
-        names = f"all {len(layers)} layers"
-    elif layers and layers == list(range(layers[0], len(model.layers))):
-        names = f"the top {len(layers)} of {len(model.layers)} layers"
-    else:
-        names = f"{len(layers)} of {len(model.layers)} layers ({', '.join(map(str, layers)) or 'none'})"
-    say(f"epoch {epoch + 1}: {names} train, {training:,} of {everything:,} parameters ({training / everything:.1%})")
+def portable(path):
+    """Paths in the checkout are kept relative to it, because it may move; others whole."""
+    path = os.path.abspath(path)
+    return os.path.relpath(path, ROOT) if path.startswith(ROOT + os.sep) else path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model and data
 
 
@@ -337,38 +605,34 @@ def load_model(args, device, num_labels):
     try:
         tensors, config = read_checkpoint(args.checkpoint)
         recipe, changed = recipe_of(args, config)
-        torch.manual_seed(args.seed)  # new parameters: heads, decoder
-        if args.model == "cclm":
-            model = cclm.from_pretrained(tensors, config, args.task, recipe.image_size, args.checkpoint,
-                                         dropout=recipe.dropout, drop_path=recipe.drop_path)
-        else:
-            model = uc2.from_pretrained(tensors, config, args.task, args.checkpoint, num_labels, dropout=recipe.dropout)
-            say(f"{args.checkpoint}: UC2 under " + {"volta": "IGLUE's names",
-                                                    "original": "its original names"}[model.variant])
-            if uc2.image_norm_is_identity(tensors):
-                say("its image LayerNorm is identity: the public conversion put the image's into the text's place")
+        torch.manual_seed(args.seed)  # of new parameters: heads, decoder
+        model = evaluation.MODELS[args.model].from_pretrained(
+            tensors, config, args.task, args.checkpoint, image_size=recipe.image_size,
+            num_labels=num_labels, dropout=recipe.dropout, drop_path=recipe.drop_path)
     except ValueError as error:
         raise InputError(str(error)) from None
     return model.to(device), config, recipe, changed
 
 
 def training_data(args, recipe, tokenizer, labels, split):
-    """-> (examples, dataset of batches) of the English training split ("train") or of args.few_shot's ("few-shot")."""
-    keep = evaluation.has_text if args.task == "xflickrco" else lambda text, record: True
-    # IGLUE trains UC2 on pairs without a gold label, too: no target is 1
-    if args.task == "xvnli" and args.model == "cclm":
-        keep = lambda text, record: record.label != "-"
-    examples = data.load_examples(args.data, args.task, split, data.text_rules(recipe), tokenizer,
+    """-> (examples, dataset of batches) of a training split.
+
+    split: "train", or "few-shot" for args.shots images of the language args.few_shot.
+    """
+    def keep(text, record):
+        if args.task == "xflickrco":
+            return text != ""
+        return args.model == "uc2" or record.label != "-"  # IGLUE trains UC2 on "-": no target is 1
+
+    examples = data.load_examples(args.data, args.task, split, recipe, tokenizer,
                                   args.few_shot or "en", args.shots, True, keep, args.limit)
     pictures = evaluation.make_pictures(args, recipe, split, examples.image_keys)
-    if args.model == "uc2" and args.task == "xflickrco":
-        # IGLUE's few-shot code draws the hard caption like the random one
-        pools = data.read_hard_negatives(args.data, examples.image_keys) if split == "train" else {}
-        return examples, data.RankingBatches(examples, pictures, args.seed, pools, args.first_image_negatives)
+
+    # what a batch holds beside texts and images
+    names = labels or evaluation.MODELS[args.model].LABELS
+    number = {name: i for i, name in enumerate(names)}
     if args.task == "xgqa":
         data.check_answers(examples, labels)
-    names = labels if args.task == "xgqa" else evaluation.MODELS[args.model].LABELS
-    number = {name: i for i, name in enumerate(names)}
     if args.task == "xflickrco":
         targets = data.contrast_targets(examples)
     elif args.model == "uc2":
@@ -377,295 +641,182 @@ def training_data(args, recipe, tokenizer, labels, split):
         targets = data.answer_targets(examples, dict(zip(labels, tokenizer(labels))))
     else:
         targets = data.label_targets(examples, number)
+    if args.model == "uc2" and args.task == "xflickrco":
+        # IGLUE's few-shot code draws the hard caption like the random one
+        pools = {} if args.few_shot else data.read_hard_negatives(args.data, examples.image_keys)
+        return examples, data.RankingBatches(examples, pictures, args.seed, pools,
+                                             args.first_image_negatives)
     augment = recipe.augment and args.model == "cclm"
-    share_images = args.questions_per_image > 1 or args.model == "uc2"  # regions are never augmented
-    return examples, data.TrainingBatches(examples, pictures, targets, args.seed, augment, share_images)
+    share_images = args.questions_per_image > 1 or args.model == "uc2"  # no region is augmented
+    return examples, data.TrainingBatches(examples, pictures, targets, args.seed, augment,
+                                          share_images)
 
 
 def accumulation(args, recipe, examples):
-    """Set args.grad_accum: as asked, or as few forward passes as keep each within the recipe's micro batch."""
+    """Set args.grad_accum: as asked, or as few passes as keep each within the micro batch."""
     processes, size = ranks()[1], recipe.batch_size
     if len(examples) < size:
-        raise InputError(f"{examples.source}: {len(examples)} training examples do not fill one batch of {size}; "
-                         "use a smaller --batch-size")
+        raise InputError(f"{examples.source}: {len(examples)} training examples do not fill one "
+                         f"batch of {size}; use a smaller --batch-size")
     if args.grad_accum is None:
-        args.grad_accum = next((n for n in range(1, size + 1) if size % (processes * n) == 0
-                                and size // (processes * n) <= recipe.micro_batch), 1)
+        args.grad_accum = math.ceil(size / (processes * recipe.micro_batch))
+        while size % (processes * args.grad_accum) and args.grad_accum < size:
+            args.grad_accum += 1
     if size % (processes * args.grad_accum):
-        raise InputError(f"a batch of {size} cannot be split evenly over {processes} process(es) x {args.grad_accum} "
-                         "accumulation steps")
+        raise InputError(f"a batch of {size} cannot be split evenly over {processes} process(es) x "
+                         f"{args.grad_accum} accumulation steps")
     contrasted = size // args.grad_accum
     most = int(np.bincount(examples.image_rows).max())  # captions of one image
     if args.model == "cclm" and args.task == "xflickrco" and contrasted <= most:
-        raise InputError(f"{examples.source}: CCLM learns retrieval from the pairs of one forward pass, each other's "
-                         f"negatives; {contrasted} pair(s) may all be of one image, which has up to {most} captions")
+        raise InputError(f"{examples.source}: CCLM learns retrieval from the pairs of one forward "
+                         f"pass, each other's negatives; {contrasted} pair(s) may all be of one "
+                         f"image, which has up to {most} captions")
 
 
-def print_plan(args, recipe, changed, model, examples, tests, labels):
-    """Data counts, recipe, schedule and parameter groups."""
+def print_plan(args, recipe, changed, model, examples, tests):
+    """Data counts, recipe, schedule and learning rates."""
     n, steps = len(model.layers), len(examples) // recipe.batch_size
-    say(f"{args.model} on {args.task}, {strategy_name(args)}, seed {args.seed}: {len(examples):,} training examples on "
-        f"{len(examples.image_keys):,} images; {recipe.epochs} epochs of {steps:,} steps of {recipe.batch_size}, in "
-        f"{args.grad_accum} forward pass(es) on each of {ranks()[1]} process(es), {args.precision}")
-    say("test: " + ", ".join(f"{language} {len(part):,}" for language, part in tests.examples.items()))
-    seen = {name for record in examples.records for name in record.answers or [record.label]}
-    names = {"xgqa": labels, "xvnli": cclm.LABELS}.get(args.task, [])
-    if unseen := [name for name in names if name not in seen]:
-        say(f"note: {len(unseen):,} of {len(names):,} labels have no training example ({', '.join(unseen[:5])} …)")
-    known = set(labels)
-    outside = {language: sum(known.isdisjoint(record.answers) for record in part.records)
-               for language, part in tests.examples.items()} if args.task == "xgqa" else {}
-    if any(outside.values()):
-        counts = ", ".join(f"{language} {count}" for language, count in outside.items() if count)
-        say(f"note: test answers that are no label, and count as wrong: {counts}")
+    say(f"{len(examples):,} training examples on {len(examples.image_keys):,} images; "
+        f"{recipe.epochs} epochs of {steps:,} steps of {recipe.batch_size}, in {args.grad_accum} "
+        f"forward pass(es) on each of {ranks()[1]} process(es), {args.precision}")
+    counts = [f"{language} {len(part):,}" for language, part in tests.examples.items()]
+    say(f"test: {', '.join(counts)}")
     say("\n    ".join(["not as in the paper:", *changed]) if changed else "recipe: the paper's")
 
-    rates, part, count = learning_rates(args, recipe, n), part_of(model), {}
-    for name, parameter in model.named_parameters():
-        count[part[name]] = count.get(part[name], 0) + parameter.numel()
-    sizes = [count.pop(f"layer {i}") for i in range(n)]  # what remains is outside the layers
-    frozen = sum(count[name] for name in count if name in args.freeze)
-    say(schedule.preview([trainable_layers(args, recipe, epoch, n) for epoch in range(recipe.epochs)], sizes,
-                         sum(count.values()) - frozen, frozen, "embeddings" not in args.freeze,
-                         [rates[f"layer {i}"] / recipe.lr for i in range(n)]))
-    rate = {name: "frozen" if name in args.freeze else f"at {rates[name]:g}" for name in count}
-    say("outside the layers: " + ", ".join(f"{name} {count[name]:,} parameters {rate[name]}" for name in count))
+    # parameters of each layer, and of what is outside the layers
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
+    still = [p for name, p in model.named_parameters() if model.group_of(name) in args.freeze]
+    frozen = sum(p.numel() for p in still)
+    firsts = range(0, steps * recipe.epochs, steps)  # first step of every epoch
+    epochs = [trainable_layers(args, recipe, step, steps, n) for step in firsts]
+    rates = learning_rates(args, recipe, steps, n)
+    factors = [min(1.0, rates[f"layer {i + 1}"] / recipe.lr) for i in range(n)]
+    trains_below = "embeddings" not in args.freeze
+    say(schedule.preview(epochs, sizes, outside - frozen, frozen, trains_below, factors))
+    told = [f"{name} {rate:.3g}" for name, rate in rates.items()]
+    say(f"peak learning rates: {', '.join(told)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A whole run
 
 
-def run(args):
+def run(args, stop):
     """From the command line to results.json."""
-    device, began = start(args), time.time()
-    args.miniature = args.data is None
-    if args.miniature:
-        args.data, args.checkpoint, args.tokenizer = on_all_ranks(mini.prepare, args.model, ranks()[0] == 0)[0]
-    args.run = args.run or os.path.join("runs", f"{args.model}-{args.task}-{strategy_name(args)}-seed{args.seed}")
-    if on_all_ranks(finished, args)[0]:
-        return
+    device = start(args)
+    default = f"{args.model}-{args.task}-{strategy_name(args)}-seed{args.seed}"
+    args.run = args.run_dir or os.path.join("runs", default)
+    if not args.resume and free_name(args.run) != args.run:
+        raise InputError(f"{args.run}: a run is already here; --resume goes on with it, "
+                         f"--run-dir {free_name(args.run)} starts another")
+    if args.data is None:
+        args.data, args.checkpoint, args.tokenizer = world.prepare(args.model)
+    args.miniature = data.is_miniature(args.data)
+    args.eval_every_epoch |= args.miniature and args.task != "xflickrco"
+    if args.miniature and device.type == "cpu":
+        torch.set_num_threads(1)  # tiny models lose by a second thread
+    where = " of the miniature" if args.miniature else ""
+    say(f"{args.model} on {args.task}{where}, {strategy_name(args)}, seed {args.seed}, on "
+        f"{args.device}")
+
+    # model, tokenizer, data
     labels = data.read_labels(args.data) if args.task == "xgqa" else []
     model, config, recipe, changed = load_model(args, device, len(labels))
-    if args.train_top is not None and args.train_top > len(model.layers):
-        raise InputError(f"--train-top {args.train_top}: the model has {len(model.layers)} layers")
     tokenizer = data.Tokenizer(args.tokenizer)
-    warning = tokenizer.check(config.get("tokenizer_sha256", data.XLMR_SHA256), model.sizes.vocabulary)
+    expected = config.get("tokenizer_sha256", data.XLMR_SHA256)
+    warning = tokenizer.check(expected, model.sizes.vocabulary)
     if warning:
         say(f"warning: {warning}")
-    evaluation.introduce(model, tokenizer, labels)
+    evaluation.introduce(model, tokenizer, labels, args.answers)
     examples, dataset = training_data(args, recipe, tokenizer, labels, "train")
     tests = evaluation.load_split(args, recipe, tokenizer, labels, "test")
     evaluation.check_features(model, dataset.pictures, tests.pictures)
     accumulation(args, recipe, examples)
-    first_parts = data.training_items(examples, recipe.batch_size, args.seed, 1, 0, ranks()[1] * args.grad_accum, [0])
-    # one process's order for all: on a GPU, two may not agree to the last bit
-    args.layer_order = on_all_ranks(layer_order, args, model, dataset, itertools.islice(first_parts, 20), device)[0]
-    print_plan(args, recipe, changed, model, examples, tests, labels)
+    print_plan(args, recipe, changed, model, examples, tests)
     if args.dry_run:
         return
-
-    inputs = [args.checkpoint, *input_files(args, examples, tests, dataset.pictures, tests.pictures)]
-    settings, *_ = on_all_ranks(start_folder, args, recipe, changed, model, examples, inputs)
-    seconds = {"loading": time.time() - began, "evaluation": 0.0}
-
-    def test():
-        then = time.time()
-        results, predictions = evaluation.evaluate(model, tests, device, args.precision, args.workers)
-        seconds["evaluation"] += time.time() - then
-        return results, predictions
+    fingerprints = fingerprints_of(args, args.checkpoint, examples, tests)
+    start_folder(args, recipe, changed, model, fingerprints)
+    if os.path.isfile(os.path.join(args.run, "results.json")):
+        say(f"{args.run} is complete")
+        return
 
     def after_epoch(epoch, step, log):
         if args.eval_every_epoch and epoch + 1 < recipe.epochs:
-            results, _ = test()
+            results, _ = evaluation.evaluate(model, tests, device, args.precision, args.workers)
             say(f"after epoch {epoch + 1}\n{evaluation.table(args.task, results)}")
             if log:
-                log.add(step=step, epoch=epoch + 1, **summary(args, results))
+                add_line(log, step=step, epoch=epoch + 1, **summary(args, results))
         if args.save_epochs and log:
             write_weights(os.path.join(args.run, f"epoch{epoch + 1}.pt"), model)
 
-    log = fit(model, examples, dataset, args, recipe, settings, device, after_epoch)
-    seconds["training"] = time.time() - began - sum(seconds.values())
-    results, predictions = test()
-    finish(args, model, summary(args, results), predictions, log, recipe.epochs * (len(examples) // recipe.batch_size))
-    if log:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        files.write_json(os.path.join(args.run, "timing.json"), {"seconds": seconds, "peak_memory_bytes": peak})
-    say(next_step(args))
-
-
-def finished(args):
-    """Whether the run to resume is complete already; says so. InputError if it was one with other flags."""
-    if not args.resume or not os.path.isfile(os.path.join(args.run, "results.json")):
-        return False
-    then = evaluation.read_run(args.run)[0]
-    check_same(args.run, vars(then),
-               {name: getattr(args, name) for name in (*FLAGS, "miniature", *RECIPE_FLAGS, "few_shot", "shots")})
-    weights = first_weights(args)
-    if os.path.isfile(weights) and not evaluation.has_read(args.run, weights):
-        raise InputError(f"{args.run}: cannot resume with other settings: it did not start from {weights}")
-    results = evaluation.read_results(args.run)
-    say(f"{args.run} is complete\n{evaluation.table(results['task'], results['languages'])}")
-    return True
+    log = fit(model, examples, dataset, args, recipe, device, stop, after_epoch)
+    results, predictions = evaluation.evaluate(model, tests, device, args.precision, args.workers)
+    steps = recipe.epochs * (len(examples) // recipe.batch_size)
+    finish(args, model, summary(args, results), predictions, log, steps)
+    say(next_step(args, fingerprints))
 
 
 def summary(args, results):
     """results.json's content."""
-    means = {name: evaluation.mean_zero_shot(results, name) for name, _ in evaluation.headline(args.task)}
-    return {"model": args.model, "task": args.task, "strategy": strategy_name(args), "seed": args.seed,
-            "languages": results, "mean_zero_shot": means if len(means) > 1 else means.popitem()[1]}
+    metrics = [name for name, _ in evaluation.headline(args.task)]
+    means = {name: evaluation.mean_zero_shot(results, name) for name in metrics}
+    return {"model": args.model, "task": args.task, "strategy": strategy_name(args),
+            "seed": args.seed, "languages": results,
+            "mean_zero_shot": means if len(means) > 1 else means["accuracy"]}
 
 
 def finish(args, model, results, predictions, log, step):
     """Predictions, weights, and results.json last: where it is, the run is complete."""
     if log:
         for language, entries in predictions.items():
-            files.write_json(os.path.join(args.run, "predictions", f"{language}.json"), entries)
+            path = os.path.join(args.run, "predictions", f"{language}.json")
+            data.write_json(path, entries)
         write_weights(os.path.join(args.run, "model.pt"), model)
-        log.add(step=step, **results)
-        log.sync()
-        files.write_json(os.path.join(args.run, "results.json"), results)
-    say(f"{evaluation.table(args.task, results['languages'])}\nresults, predictions and weights: {args.run}")
+        add_line(log, step=step, **results)
+        data.write_json(os.path.join(args.run, "results.json"), results)
+    say(evaluation.table(args.task, results["languages"]))
+    say(f"results, predictions and weights: {args.run}")
 
 
-def next_step(args):
-    """What a newcomer may want to run after this: the other of standard fine-tuning and SUF, or their comparison."""
-    other = "standard" if strategy_name(args) != "standard" else "suf"
-    folder = os.path.join("runs", f"{args.model}-{args.task}-{other}-seed{args.seed}")
-    same = {name: getattr(args, name) for name in ("limit", *RECIPE_FLAGS)}
-    if os.path.isfile(os.path.join(folder, "results.json")) and not any(same.values()):
-        pair = (folder, args.run) if other == "standard" else (args.run, folder)
-        return f"next: {shlex.join(['python', 'eval.py', '--compare', *pair])}"
-    files_given = () if args.miniature else ("data", "checkpoint", "tokenizer")
-    same |= {name: getattr(args, name) for name in ("seed", *files_given)}
-    words = ["python", "train.py", "--model", args.model, "--task", args.task, *(["--suf"] if other == "suf" else [])]
-    words += [word for name, value in same.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
-    kind = "scheduled unfreezing" if other == "suf" else "standard fine-tuning"
-    return f"next: {kind}, to compare: {shlex.join(words)}"
+def next_step(args, fingerprints):
+    """What to run after this: the other of standard fine-tuning and SUF, or their comparison."""
+    mine = strategy_name(args)
+    other = "standard" if mine == "suf" else "suf"
+    folder = args.run.replace(f"-{mine}-", f"-{other}-")
+    if folder == args.run or mine not in ("standard", "suf"):
+        return f"next: python -m tools.compare OTHER {shlex.quote(args.run)}"
+    finished = os.path.isfile(os.path.join(folder, "results.json"))
+    if finished and evaluation.fingerprints(folder) == fingerprints:
+        pair = [args.run, folder] if other == "suf" else [folder, args.run]
+        return f"next: python -m tools.compare {shlex.join(pair)}"
+    command = args.command.replace(" --suf", "") if mine == "suf" else f"{args.command} --suf"
+    return f"next, to compare: {command} --run-dir {shlex.quote(free_name(folder))}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Few-shot (section 5.4, IGLUE's protocol): a finished English run goes on with a few examples of another language
-
-
-def run_few_shot(args):
-    """Train once per learning rate of the grid, choose rate and epoch on development
-    data, test the language and English.
-    """
-    device = start(args)
-    evaluation.read_results(args.init)  # or a line that says it is no finished run
-    english, recipe = evaluation.read_run(args.init)
-    for name in ("model", "task", "data", "checkpoint", "tokenizer", "miniature", "image_cache"):
-        setattr(args, name, getattr(english, name))
-    args.run, args.layer_order = args.run or f"{args.init.rstrip(os.sep)}-{args.few_shot}{args.shots}", None
-    if on_all_ranks(finished, args)[0]:
-        return
-    evaluation.check_known(args.task, [args.few_shot])
-    if args.few_shot == "en":
-        raise InputError("--few-shot en: the run has been trained on English")
-    if wrong := contradiction(args):
-        raise InputError(wrong)
-    recipe = few_shot_recipe(args, Recipe(**vars(recipe)))
-    tokenizer = data.Tokenizer(args.tokenizer)
-    labels = data.read_labels(args.data) if args.task == "xgqa" else []
-
-    def load(path):
-        model = evaluation.load_weights(path, args, device, dropout=recipe.dropout)
-        evaluation.introduce(model, tokenizer, labels)
-        return model
-
-    english_model = load(first_weights(args))
-    examples, dataset = training_data(args, recipe, tokenizer, labels, "few-shot")
-    recipe = replace(recipe, batch_size=min(recipe.batch_size, len(examples)), vision_lr=None, embedding_lr=None)
-    development = development_data(args, recipe, tokenizer, labels)
-    tests = evaluation.load_split(args, recipe, tokenizer, labels, "test", ["en", args.few_shot])
-    evaluation.check_features(english_model, dataset.pictures, development.pictures, tests.pictures)
-    accumulation(args, recipe, examples)
-    inputs = input_files(args, examples, tests, dataset.pictures, tests.pictures)
-    inputs += [part.source for part in development.examples.values()] + [first_weights(args)]
-    # best.pt, and last.pt with Adam's state, of every rate
-    on_all_ranks(start_folder, args, recipe, [], english_model, examples, inputs, 4 * len(recipe.few_shot_lrs))
-    say(f"{args.model} on {args.task}, {args.few_shot}: {len(examples):,} examples on {len(examples.image_keys):,} "
-        f"images ({args.shots} shots), {recipe.epochs} epochs of {len(examples) // recipe.batch_size} steps of "
-        f"{recipe.batch_size}")
-    say("rates " + ", ".join(f"{lr:g}" for lr in recipe.few_shot_lrs) + "; rate and epoch chosen on "
-        + ", ".join(part.source for part in development.examples.values()))
-    best = (-1.0, 0, "")
-    for lr in recipe.few_shot_lrs:
-        score, epoch, folder = few_shot_rate(args, replace(recipe, lr=lr), load, examples, dataset, development, device)
-        say(f"rate {lr:g}: best after epoch {epoch}, {score:.2f} on the development data")
-        best = max(best, (score, epoch, folder), key=lambda entry: entry[0])  # ties go to the rate that comes first
-    model = load(os.path.join(best[2], "best.pt"))
-    results, predictions = evaluation.evaluate(model, tests, device, args.precision, args.workers)
-    chosen = {"few_shot": args.few_shot, "shots": args.shots, "init": args.init, "development": best[0],
-              "epoch": best[1], "weights": best[2]}
-    finish(args, model, summary(args, results) | chosen, predictions, Log(args.run) if ranks()[0] == 0 else None, 0)
-
-
-def development_data(args, recipe, tokenizer, labels):
-    """What rate and epoch are chosen on: xGQA the language's dev set; XVNLI English dev;
-    xFlickrCO English Flickr30k valid.
-    """
-    # the first 1,000 captions: ranking all 5,070 after every epoch would outlast the training
-    if args.task == "xflickrco":
-        args = argparse.Namespace(**vars(args) | {"limit": min(args.limit or 1000, 1000)})
-        return evaluation.load_split(args, recipe, tokenizer, labels, "valid", ["en"])
-    return evaluation.load_split(args, recipe, tokenizer, labels, "dev",
-                                 [args.few_shot if args.task == "xgqa" else "en"])
-
-
-def few_shot_rate(args, recipe, load, examples, dataset, development, device):
-    """Train with one learning rate from the English weights.
-
-    -> (best development score, its epoch, folder of best.pt).
-    """
-    folder = os.path.join(args.run, f"lr-{recipe.lr:g}")
-    args = argparse.Namespace(**vars(args) | {"run": folder})
-    model = load(first_weights(args))
-
-    def scores():
-        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
-            return [entry["development"] for entry in map(json.loads, file) if "development" in entry]
-
-    def after_epoch(epoch, step, log):
-        results, _ = evaluation.evaluate(model, development, device, args.precision, args.workers)
-        values = [result[name] for result in results.values() for name, _ in evaluation.headline(args.task)]
-        score = sum(values) / len(values)
-        if log:
-            if score > max(scores(), default=-1.0):
-                write_weights(os.path.join(folder, "best.pt"), model)
-            log.add(step=step, epoch=epoch + 1, development=score)
-            log.sync()
-
-    settings, *_ = on_all_ranks(start_folder, args, recipe, [], model, examples, [examples.source])
-    fit(model, examples, dataset, args, recipe, settings, device, after_epoch)
-    if dist.is_initialized():
-        dist.barrier()  # the log is complete for all who read it
-    found = scores()
-    return max(found), found.index(max(found)) + 1, folder
-
-
-def main(argv=None):
-    args, callers_group = parse_args(argv, __doc__.split("\n\n")[0]), dist.is_initialized()
-    on_signals(interrupt)
+def run_until_stopped(function, args):
+    """function(args, stop), ended in order by signals, and where another process has ended."""
+    callers_group = dist.is_initialized()
     try:
-        run_few_shot(args) if args.few_shot else run(args)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+        function(args, Stop())
     except KeyboardInterrupt as signalled:
         say("stopped; the same command with --resume goes on from what was saved last")
         sys.exit(128 + signalled.args[0])
     except RuntimeError as error:
-        # what is raised in one process where another has ended; gloo's errors have no class of their own
-        if not (isinstance(error, dist.DistError) or dist.is_initialized() and "/gloo/" in str(error)):
+        # gloo's errors have no class of their own
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
-        sys.exit(f"error: process {ranks()[0]} has lost the connection to another one, whose own message tells why")
+        raise InputError(f"process {ranks()[0]} has lost the connection to another one, whose own "
+                         "message tells why") from None
     finally:
         if dist.is_initialized() and not callers_group:
             dist.destroy_process_group()
 
 
+def main(argv=None):
+    run_until_stopped(run, parse_args(argv))
+
+
 if __name__ == "__main__":
-    main()
+    evaluation.command(main)

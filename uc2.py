@@ -1,54 +1,38 @@
-"""UC2 (Zhou et al. 2021, as IGLUE fine-tunes it): one stream of 12 XLM-R layers over a text
-and the detected regions of an image.
+"""UC2 (Zhou et al. 2021, as IGLUE fine-tunes it): one stream of 12 XLM-R layers over a text and the
+detected regions of an image.
 
-    text    -> word + position + type 0 ------------------.
-                                                          +-> 12 layers -> <s> -> pooler -> head
-    regions -> features + locations (+ LayerNorms) + type 1 '
+    text    -> word + position + type 0 -----------------.
+                                                         +-> 12 layers -> <s> -> pooler -> head
+    regions -> features + locations (LayerNorms) + type 1 '
 
     head: answer (xGQA), label (XVNLI), match (xFlickrCO)
 
-Paper section 3: the 12 layers are what scheduled unfreezing thaws (`UC2.layers`, bottom to top); embeddings (the
-region projections among them), pooler and head always train. The image encoder is outside the model: regions are 36
-boxes of a Faster R-CNN with a 2048-d feature each.
+Paper, section 3: the 12 layers are what scheduled unfreezing thaws (`UC2.layers`, bottom to top);
+embeddings (the region projections among them), pooler and head always train. The image encoder is
+outside the model: regions are 36 boxes of a Faster R-CNN with a 2048-d feature each.
 
-Sizes come from the checkpoint's shapes (`read_sizes`). Two pre-trained files exist, and both load
-strictly; the naming tells which one it is:
-- "volta": IGLUE's `uc2_checkpoint_200000.bin`, with the names of the VOLTA framework. ReLU after the pooler,
-  LayerNorm eps 1e-5 everywhere. The public conversion put the original IMAGE LayerNorm into the text's place
-  and left the image's own at identity (`image_norm_is_identity` sees the trace). IGLUE's results start from
-  these weights, so they are taken as they are.
-- "original": `model_step_200000.pt` of UC2's authors. tanh after the pooler, eps 1e-12 in the layers, both LayerNorms
-  in their places.
-Fine-tuned models are saved under VOLTA's names whichever file they started from; what no tensor tells (`UC2.config`)
-is stored beside the tensors.
+Sizes come from the checkpoint's shapes (`read_sizes`); tensors are loaded and saved, strictly,
+under the names of IGLUE's `uc2_checkpoint_200000.bin` (its framework is VOLTA). Two variants:
+- "volta", IGLUE's file: ReLU after the pooler, LayerNorm eps 1e-5 everywhere. The public conversion
+  put the original IMAGE LayerNorm into the text's place and left the image's own at identity
+  (`image_norm_is_identity` sees the trace). IGLUE's results start from these weights, so they are
+  taken as they are.
+- "original", the file of UC2's authors, as `tools/uc2_original.py` renames it: tanh after the
+  pooler, eps 1e-12 in the layers, both LayerNorms in their places.
 
 Letters: B texts, T text tokens, I images, V regions, F region feature width, D width.
 """
 
 import re
-import reprlib
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import Dropout, LayerNorm, Linear, Parameter
+from torch.nn import functional as F
 
-from model import (
-    BERT_LAYER_NAMES,
-    TextEmbeddings,
-    TransformerLayer,
-    check_file,
-    copy_tensors,
-    count_layers,
-    in_float32,
-    init_weights,
-    key_mask,
-    load_finetuned,
-    rename,
-    select,
-    shape_of,
-    size_of,
-)
+from model import BERT_LAYER_NAMES, TextEmbeddings, TransformerLayer, count_layers, in_float32
+from model import init_weights, key_mask, load, rename, select, shape_of
 
 LABELS = ("contradiction", "neutral", "entailment")  # XVNLI, in the order of this model's class ids
 EPS = 1e-5  # of all LayerNorms outside the layers
@@ -71,46 +55,48 @@ class Sizes:
     features: int
     locations: int
     labels: int = 1842  # xGQA's answers
-    region_classes: int = 1601  # this one and the next belong to heads that only the pre-training files have
-    region_words: int = 0
+    region_classes: int = 1601  # of a head that only the pre-training file has
     variant: str = "volta"
 
 
 class UC2(nn.Module):
-    """The model for one task: "xgqa", "xvnli", "xflickrco", or "pretraining" (every head of the pre-trained file).
+    """The model for one task: "xgqa", "xvnli", "xflickrco", or "pretraining" (all its heads).
 
-    An image is a set of regions: `features` [I,V,F] (float16 or float32), `locations` [I,V,7] and
-    `region_mask` [I,V] (1 real, 0 padding).
+    An image is a set of regions: features [I,V,F] (float16 or float32), locations [I,V,7] and
+    region_mask [I,V] (1 real, 0 padding).
     """
 
-    def __init__(self, sizes, task, dropout=0.1):
+    def __init__(self, sizes, task, dropout=0.1, drop_path=None):
+        """drop_path is CCLM's; nothing here has it."""
         super().__init__()
         s = self.sizes = sizes
-        self.task, self.variant = task, s.variant
-        self.text_embeddings = TextEmbeddings(s.vocabulary, s.width, s.positions, s.types, EPS, dropout)
+        self.task = task
+        self.variant = s.variant
+        self.text_embeddings = TextEmbeddings(
+            s.vocabulary, s.width, s.positions, s.types, EPS, dropout)
         self.region_embeddings = RegionEmbeddings(s.features, s.locations, s.width, dropout)
-        self.layers = nn.ModuleList(TransformerLayer(s.width, s.heads, s.feed_forward, LAYER_EPS[s.variant], dropout)
-                                    for _ in range(s.layers))
-        self.pooler = nn.Linear(s.width, s.width)
-        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList()
+        eps = LAYER_EPS[s.variant]
+        for _ in range(s.layers):
+            layer = TransformerLayer(s.width, s.heads, s.feed_forward, eps, dropout)
+            self.layers.append(layer)
+        # the task's head on top of the pooled <s>
+        self.pooler = Linear(s.width, s.width)
+        self.dropout = Dropout(dropout)
         if task == "xgqa":
             self.answer_head = mlp_head(s.width, s.labels)
         if task == "xvnli":
-            self.label_head = nn.Linear(s.width, len(LABELS))
+            self.label_head = Linear(s.width, len(LABELS))
         if task == "xflickrco":
-            self.match_head = nn.Linear(s.width, 1)
+            self.match_head = Linear(s.width, 1)
         if task == "pretraining":
-            self.itm_head = nn.Linear(s.width, 2)
+            self.itm_head = Linear(s.width, 2)
             self.mlm_head = TiedHead(s.width, s.vocabulary)
-            # from here on: never run, only there to account for every tensor of the file
+            # never run, only there to account for every tensor of the file
             self.region_classes = mlp_head(s.width, s.region_classes)
-            if s.variant == "original":
-                self.region_words = mlp_head(s.width, s.region_words)
-                self.region_regression = TiedHead(s.width, s.features)
-                self.region_masking = nn.Embedding(2, s.features)
         self.apply(init_weights)
 
-    # -- what the schedule, the optimizer and the loop ask for ---------------------------------------------------------
+    # -- what the schedule, the optimizer and the loop ask for -------------------------------------
 
     @property
     def longest_text(self):
@@ -118,28 +104,32 @@ class UC2(nn.Module):
         return self.sizes.positions - 2
 
     def group_of(self, name):
-        """Group of a parameter that is in no layer of the schedule: "embeddings" or "head"; None for one in a layer."""
+        """Group of a parameter outside the layers: "embeddings" or "head"; None for one in them."""
         if name.startswith("layers."):
             return None
-        return "embeddings" if name.startswith(("text_embeddings.", "region_embeddings.")) else "head"
+        if name.startswith(("text_embeddings.", "region_embeddings.")):
+            return "embeddings"
+        return "head"
 
     def decays(self, name):
-        """Whether weight decay applies: the reference's rule, substrings of the official name (so
-        `image_layer_norm` and the like do decay).
-        """
-        official = self.checkpoint_names()[name]
-        return not re.search(r"bias|LayerNorm\.weight", official)
+        """Whether weight decay applies: the reference's rule, parts of the official name."""
+        return not re.search(r"bias|LayerNorm\.weight", official_name(name))
 
     def forward(self, batch):
-        """Training loss of one batch, a scalar: the mean over its questions, statements or captions."""
-        return {"xgqa": self.answer_loss, "xvnli": self.label_loss, "xflickrco": self.retrieval_loss}[self.task](batch)
+        """Training loss of one batch: the mean over its questions, statements or captions."""
+        losses = {"xgqa": self.answer_loss, "xvnli": self.label_loss,
+                  "xflickrco": self.retrieval_loss}
+        return losses[self.task](batch)
 
-    # -- the stream ----------------------------------------------------------------------------------------------------
+    # -- the stream --------------------------------------------------------------------------------
 
     def encode_images(self, batch):
-        """features, locations, region_mask -> what a text needs of its image: (regions [I,V,D], region_mask [I,V])."""
-        regions = self.region_embeddings(batch["features"], batch["locations"],
-                                         self.text_embeddings.token_type.weight[1])
+        """features, locations, region_mask -> what a text needs of its image.
+
+        A pair: regions [I,V,D] and region_mask [I,V].
+        """
+        token_type = self.text_embeddings.token_type.weight[1]
+        regions = self.region_embeddings(batch["features"], batch["locations"], token_type)
         return regions, batch["region_mask"]
 
     def image_memory(self, encoded_images):
@@ -151,23 +141,26 @@ class UC2(nn.Module):
         return self.image_memory(self.encode_images(batch))
 
     def encode_texts(self, input_ids, attention_mask):
-        """[B,T] -> text embeddings [B,T,D].
-
-        Every layer of a single stream sees the image, so no more can be computed without one.
-        """
+        """[B,T] -> text embeddings [B,T,D]: every layer sees the image, so none can be run yet."""
         return self.text_embeddings(input_ids)
 
     def fuse(self, text_states, attention_mask, memory, first_token=False):
         """States of text and regions [B,T+V,D], or [B,1,D] of <s> alone.
 
-        `memory` holds B images, or one that all texts share.
+        memory: of B images, or of one that all texts share.
         """
+        # the stream: text tokens first, then regions; the same image for all texts is not copied
         [(regions, region_mask)] = memory
-        hidden = torch.cat([text_states, regions.expand(len(text_states), -1, -1)], dim=1)  # [B,T+V,D]
-        mask = key_mask(torch.cat([attention_mask, region_mask.expand(len(text_states), -1)], dim=1))
+        texts = len(text_states)
+        regions = regions.expand(texts, -1, -1)
+        region_mask = region_mask.expand(texts, -1)
+        hidden = torch.cat([text_states, regions], dim=1)  # [B,T+V,D]
+        # every position attends to every real one, of either kind
+        mask = key_mask(torch.cat([attention_mask, region_mask], dim=1))
+        # a classifier on <s> needs nothing else of the last layer
+        last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            run = layer.first_token if first_token and i == len(self.layers) - 1 else layer
-            hidden = run(hidden, mask)
+            hidden = layer(hidden, mask, first_token=first_token and i == last)
         return hidden
 
     def pooled(self, hidden):
@@ -176,67 +169,76 @@ class UC2(nn.Module):
 
     def logits(self, head, text_states, attention_mask, memory):
         """-> [B, outputs of the head]."""
-        pooled = self.pooled(self.fuse(text_states, attention_mask, memory, first_token=True))
-        return in_float32(head, self.dropout(pooled))
+        hidden = self.fuse(text_states, attention_mask, memory, first_token=True)
+        return in_float32(head, self.dropout(self.pooled(hidden)))
 
     def batch_logits(self, head, batch):
-        """`logits` of a training batch: text b, or text text_index[b] if there is such an
-        index, with image b, or image_index[b].
+        """`logits` of a training batch.
+
+        Text b, or text_index[b] if there is such an index, with image b, or image_index[b].
         """
-        memory, attention_mask = self.memory(batch), batch["attention_mask"]
+        # what texts or pairs share is embedded once …
+        memory = self.memory(batch)
+        attention_mask = batch["attention_mask"]
         text_states = self.encode_texts(batch["input_ids"], attention_mask)
+        # … and then put together
         if "image_index" in batch:
             memory = select(memory, batch["image_index"])
         if "text_index" in batch:
-            text_states, attention_mask = text_states[batch["text_index"]], attention_mask[batch["text_index"]]
+            text_states = text_states[batch["text_index"]]
+            attention_mask = attention_mask[batch["text_index"]]
         return self.logits(head, text_states, attention_mask, memory)
 
-    # -- xGQA and XVNLI: classification --------------------------------------------------------------------------------
+    # -- xGQA and XVNLI: classification ------------------------------------------------------------
 
     def answer_loss(self, batch):
         """Binary cross-entropy of every answer, summed over answers, mean over questions.
 
-        batch: features, locations, region_mask, input_ids [B,T], attention_mask [B,T], targets [B,answers] (score of
-        each answer, all 0 where none is known) and, where questions share images, image_index [B].
+        batch: features, locations, region_mask, input_ids [B,T], attention_mask [B,T], targets
+        [B,answers] (score of each answer, all 0 where none is known) and, where questions share
+        images, image_index [B].
         """
-        return F.binary_cross_entropy_with_logits(self.batch_logits(self.answer_head, batch),
-                                                  batch["targets"].float()) * self.sizes.labels
+        logits = self.batch_logits(self.answer_head, batch)
+        targets = batch["targets"].float()
+        return F.binary_cross_entropy_with_logits(logits, targets) * self.sizes.labels
 
     def label_loss(self, batch):
         """Binary cross-entropy, mean over statements and labels.
 
         batch as for xGQA, targets [B,3] (one-hot in the order of LABELS, all 0 for "-").
         """
-        return F.binary_cross_entropy_with_logits(self.batch_logits(self.label_head, batch), batch["targets"].float())
+        logits = self.batch_logits(self.label_head, batch)
+        return F.binary_cross_entropy_with_logits(logits, batch["targets"].float())
 
     def label_logits(self, text_states, attention_mask, memory):
         """-> [B,answers] (xGQA) or [B,3] (XVNLI)."""
-        return self.logits(self.answer_head if self.task == "xgqa" else self.label_head, text_states,
-                           attention_mask, memory)
+        head = self.answer_head if self.task == "xgqa" else self.label_head
+        return self.logits(head, text_states, attention_mask, memory)
 
     def predict(self, text_states, attention_mask, memory):
         """Index of the likeliest answer or label: [B]."""
         return self.label_logits(text_states, attention_mask, memory).argmax(1)
 
-    # -- xFlickrCO: matching -------------------------------------------------------------------------------------------
+    # -- xFlickrCO: matching -----------------------------------------------------------------------
 
     def retrieval_loss(self, batch):
-        """Triplet loss on sigmoid scores: a matching pair should outscore each of three mismatches by MARGIN.
+        """Triplet loss on sigmoid scores: a match should outscore three mismatches by MARGIN.
 
-        Mean over captions and mismatches.
-
-        batch: features, locations, region_mask of I distinct images; input_ids, attention_mask of C distinct captions;
-        for every training caption four pairs in a row, the matching one first: image_index [4B] and text_index [4B].
-        What several pairs share is embedded once (and shares its dropout there, which the reference draws per pair).
+        Mean over captions and mismatches. batch: features, locations, region_mask of I distinct
+        images; input_ids, attention_mask of C distinct captions; for every training caption four
+        pairs in a row, the matching one first: image_index [4B] and text_index [4B]. What several
+        pairs share is embedded once (and shares its dropout there, which the reference draws per
+        pair).
         """
         scores = self.batch_logits(self.match_head, batch).sigmoid().view(-1, 4)
+        # the first of each four is the match
         return (MARGIN + scores[:, 1:] - scores[:, :1]).clamp(min=0).mean()
 
     def match_scores(self, text_states, attention_mask, memory):
         """How well text and image match, for ranking: [B]."""
         return self.logits(self.match_head, text_states, attention_mask, memory)[:, 0]
 
-    # -- pre-training --------------------------------------------------------------------------------------------------
+    # -- pre-training ------------------------------------------------------------------------------
 
     def itm_logits(self, hidden):
         """[B,T+V,D] -> [B,2]; column 1 says that text and image belong together."""
@@ -246,68 +248,64 @@ class UC2(nn.Module):
         """[...,D] -> [...,vocabulary]. The output matrix is the word embedding."""
         return self.mlm_head(hidden, self.text_embeddings.word.weight)
 
-    # -- names in the official checkpoints -----------------------------------------------------------------------------
-
-    @property
-    def naming(self):
-        """Names in this model's own files: the original ones only for the original pre-trained file."""
-        return "original" if self.task == "pretraining" and self.variant == "original" else "volta"
+    # -- names in the official checkpoints ---------------------------------------------------------
 
     def checkpoint_names(self):
-        """Our parameter name -> its name in the official file."""
-        if not hasattr(self, "_checkpoint_names"):
-            self._checkpoint_names = official_names(self, self.naming)
-        return self._checkpoint_names
+        """Our parameter name -> its name in IGLUE's file."""
+        return {name: official_name(name) for name, _ in self.named_parameters()}
 
     def aliases(self):
-        """Second names under which the official file stores the same tensor: alias -> first name."""
-        if self.naming == "original":
-            return {"cls.decoder.weight": "roberta.embeddings.word_embeddings.weight", "cls.decoder.bias": "cls.bias",
-                    "vis_cls.bias": "vis_cls.decoder.bias",
-                    "feat_regress.weight": "roberta.img_embeddings.img_linear.weight"}
-        # VOLTA has names for a second, visual stream throughout; in UC2 it is the same stream
-        layers = [name for name in self.checkpoint_names().values() if name.startswith("bert.encoder.")]
-        aliases = {re.sub(r"\.(query|key|value|dense|LayerNorm)\.", r".v_\1.", name): name for name in layers}
-        token_types = "bert.embeddings.new_token_type_embeddings.weight"
-        aliases["bert.embeddings.image_token_type_embeddings.weight"] = token_types
+        """Second names of the same tensor in IGLUE's file: alias -> first name."""
+        aliases = {"bert.embeddings.image_token_type_embeddings.weight":
+                   "bert.embeddings.new_token_type_embeddings.weight"}
+        # VOLTA has names for a second, visual stream (v_query, …); in UC2 it is the same stream
+        for name in self.checkpoint_names().values():
+            if name.startswith("bert.encoder."):
+                alias = re.sub(r"\.(query|key|value|dense|LayerNorm)\.", r".v_\1.", name)
+                aliases[alias] = name
         if self.task == "pretraining":
             aliases["cls.predictions.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
         return aliases
 
     def constants(self):
-        """Neither file stores anything that is not a parameter."""
+        """The file stores nothing that is not a parameter."""
         return {}
 
     def config(self):
-        """What a file must hold beside the tensors, because no shape tells it: `read_sizes` asks for it."""
+        """What a file must hold beside the tensors, because no shape tells it."""
         return {"heads": self.sizes.heads, "variant": self.variant}
 
 
 class RegionEmbeddings(nn.Module):
-    """LayerNorm(feature projection) + LayerNorm(location projection) + token type 1, LayerNorm, dropout.
+    """LayerNorm(feature projection) + LayerNorm(location projection) + type 1, LayerNorm, dropout.
 
     Regions have no order, hence no position.
     """
 
     def __init__(self, features, locations, width, dropout):
         super().__init__()
-        self.feature, self.feature_norm = nn.Linear(features, width), nn.LayerNorm(width, eps=EPS)
-        self.location, self.location_norm = nn.Linear(locations, width), nn.LayerNorm(width, eps=EPS)
-        self.norm = nn.LayerNorm(width, eps=EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.feature = Linear(features, width)
+        self.feature_norm = LayerNorm(width, eps=EPS)
+        self.location = Linear(locations, width)
+        self.location_norm = LayerNorm(width, eps=EPS)
+        self.norm = LayerNorm(width, eps=EPS)
+        self.dropout = Dropout(dropout)
 
     def forward(self, features, locations, token_type):
-        """features [I,V,F], locations [I,V,7] (x1 y1 x2 y2 w h area, as shares of the
-        image), token_type [D] -> [I,V,D].
+        """features [I,V,F], locations [I,V,7], token_type [D] -> [I,V,D].
+
+        A location: x1 y1 x2 y2 width height area, as shares of the image.
         """
-        dtype = self.feature.weight.dtype  # features are stored and travel as float16
+        # features are stored and travel as float16
+        dtype = self.feature.weight.dtype
         appearance = self.feature_norm(self.feature(features.to(dtype)))
         place = self.location_norm(self.location(locations.to(dtype)))
         return self.dropout(self.norm(appearance + place + token_type))
 
 
 def mlp_head(width, outputs):
-    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=EPS), nn.Linear(width, outputs))
+    norm = LayerNorm(width, eps=EPS)
+    return nn.Sequential(Linear(width, width), nn.GELU(), norm, Linear(width, outputs))
 
 
 class TiedHead(nn.Module):
@@ -315,134 +313,109 @@ class TiedHead(nn.Module):
 
     def __init__(self, width, outputs):
         super().__init__()
-        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=EPS)
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.dense = Linear(width, width)
+        self.norm = LayerNorm(width, eps=EPS)
+        self.bias = Parameter(torch.zeros(outputs))
 
     def forward(self, hidden, matrix):
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), matrix, self.bias)
+        hidden = self.norm(F.gelu(self.dense(hidden)))
+        return F.linear(hidden, matrix, self.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The official checkpoints
+# --------------------------------------------------------------------------------------------------
+# The official checkpoint
 
-
-def sublayer(offset, rest):
-    """VOLTA counts attention and feed-forward as layers of their own: those of our layer i are 2i and 2i + 1."""
-    return lambda match: f"bert.encoder.layer.{2 * int(match[1]) + offset}.{match.expand(rest)}"
-
-
-# our name, the name in IGLUE's (VOLTA) file, the name in the original file
-BOTH_NAMES = [
-    (r"^layers\.(\d+)\.attention\.(self|output)\.", sublayer(0, r"attention_\2."),
-     r"roberta.encoder.layer.\1.attention.\2."),
-    (r"^layers\.(\d+)\.", sublayer(1, ""), r"roberta.encoder.layer.\1."),
-    (r"^text_embeddings\.(word|position)\.", r"bert.embeddings.\1_embeddings.", r"roberta.embeddings.\1_embeddings."),
-    (r"^text_embeddings\.token_type\.", "bert.embeddings.new_token_type_embeddings.",
-     "roberta.embeddings.new_token_type_embeddings."),
-    (r"^text_embeddings\.norm\.", "bert.embeddings.LayerNorm.", "roberta.embeddings.LayerNorm."),
-    (r"^region_embeddings\.feature\.", "bert.embeddings.image_embeddings.", "roberta.img_embeddings.img_linear."),
-    (r"^region_embeddings\.feature_norm\.", "bert.embeddings.image_layer_norm.",
-     "roberta.img_embeddings.img_layer_norm."),
-    (r"^region_embeddings\.location\.", "bert.embeddings.image_location_embeddings.",
-     "roberta.img_embeddings.pos_linear."),
-    (r"^region_embeddings\.location_norm\.", "bert.embeddings.image_location_layer_norm.",
-     "roberta.img_embeddings.pos_layer_norm."),
-    (r"^region_embeddings\.norm\.", "bert.embeddings.v_LayerNorm.", "roberta.img_embeddings.LayerNorm."),
-    (r"^pooler\.", "bert.t_pooler.dense.", "roberta.pooler.dense."),
-    (r"^itm_head\.", "cls.bi_seq_relationship.", "itm_output."),
-    (r"^mlm_head\.bias", "cls.predictions.bias", "cls.bias"),
-    (r"^mlm_head\.dense\.", "cls.predictions.transform.dense.", "cls.dense."),
-    (r"^mlm_head\.norm\.", "cls.predictions.transform.LayerNorm.", "cls.layer_norm."),
-    (r"^region_classes\.0\.", "cls.imagePredictions.transform.dense.", "region_classifier.net.0."),
-    (r"^region_classes\.2\.", "cls.imagePredictions.transform.LayerNorm.", "region_classifier.net.2."),
-    (r"^region_classes\.3\.", "cls.imagePredictions.decoder_dict.0.", "region_classifier.net.3."),
+OFFICIAL_NAMES = BERT_LAYER_NAMES + [
+    (r"^text_embeddings\.(word|position)\.", r"bert.embeddings.\1_embeddings."),
+    (r"^text_embeddings\.token_type\.", "bert.embeddings.new_token_type_embeddings."),
+    (r"^text_embeddings\.norm\.", "bert.embeddings.LayerNorm."),
+    (r"^region_embeddings\.feature\.", "bert.embeddings.image_embeddings."),
+    (r"^region_embeddings\.feature_norm\.", "bert.embeddings.image_layer_norm."),
+    (r"^region_embeddings\.location\.", "bert.embeddings.image_location_embeddings."),
+    (r"^region_embeddings\.location_norm\.", "bert.embeddings.image_location_layer_norm."),
+    (r"^region_embeddings\.norm\.", "bert.embeddings.v_LayerNorm."),
+    (r"^pooler\.", "bert.t_pooler.dense."),
+    (r"^itm_head\.", "cls.bi_seq_relationship."),
+    (r"^mlm_head\.bias", "cls.predictions.bias"),
+    (r"^mlm_head\.dense\.", "cls.predictions.transform.dense."),
+    (r"^mlm_head\.norm\.", "cls.predictions.transform.LayerNorm."),
+    (r"^region_classes\.0\.", "cls.imagePredictions.transform.dense."),
+    (r"^region_classes\.2\.", "cls.imagePredictions.transform.LayerNorm."),
+    (r"^region_classes\.3\.", "cls.imagePredictions.decoder_dict.0."),
+    (r"^answer_head\.", "clfs_dict.TASK15.logit_fc."),
+    (r"^label_head\.", "clfs_dict.TASK19."),
+    (r"^match_head\.", "clfs_dict.TASK8."),
 ]
-OFFICIAL_NAMES = {
-    "volta": BERT_LAYER_NAMES + [(ours, volta) for ours, volta, _ in BOTH_NAMES] + [
-        (r"^answer_head\.", "clfs_dict.TASK15.logit_fc."),
-        (r"^label_head\.", "clfs_dict.TASK19."),
-        (r"^match_head\.", "clfs_dict.TASK8."),
-    ],
-    "original": BERT_LAYER_NAMES + [(ours, original) for ours, _, original in BOTH_NAMES] + [
-        (r"^region_words\.0\.", "vis_cls.dense."),
-        (r"^region_words\.2\.", "vis_cls.layer_norm."),
-        (r"^region_words\.3\.", "vis_cls.decoder."),
-        (r"^region_regression\.bias", "feat_regress.bias"),
-        (r"^region_regression\.dense\.", "feat_regress.net.0."),
-        (r"^region_regression\.norm\.", "feat_regress.net.2."),
-        (r"^region_masking\.", "roberta.img_embeddings.mask_embedding."),
-    ],
-}
 
 
-def official_names(model, naming):
-    return {name: rename(name, OFFICIAL_NAMES[naming]) for name, _ in model.named_parameters()}
+def official_name(name):
+    """Our parameter name -> its name in IGLUE's file."""
+    name = rename(name, OFFICIAL_NAMES)
+    if not name.startswith("layers."):
+        return name
+    # VOLTA counts attention and feed-forward as layers of their own: 2i and 2i + 1
+    _, layer, part = name.split(".", 2)
+    number = 2 * int(layer)
+    if not part.startswith("attention."):
+        number += 1
+    part = part.replace("attention.", "attention_")
+    return f"bert.encoder.layer.{number}.{part}"
 
 
 def read_sizes(tensors, config, source):
-    """Sizes of the UC2 in a checkpoint, from its names and shapes.
-
-    Heads are 64 wide unless the file's config says otherwise.
-    """
-    naming = "original" if any(name.startswith("roberta.") for name in tensors) else "volta"
-    variant = config.get("variant", naming)
-    if variant not in list(LAYER_EPS):
-        raise ValueError(f"{source}: the config's variant is {reprlib.repr(variant)}, expected one of "
-                         f"{', '.join(LAYER_EPS)}")
+    """Sizes of the UC2 in a checkpoint, from its shapes. Heads are 64 wide unless config says."""
 
     def shape(name):
-        official = rename(name, OFFICIAL_NAMES[naming])
-        return shape_of(tensors, official, 2, source, "UC2")
+        return shape_of(tensors, official_name(name), source, "UC2")
 
+    if "roberta.pooler.dense.weight" in tensors:
+        raise ValueError(f"{source}: UC2's original file; python -m tools.uc2_original {source} "
+                         "OUT.pt makes one of it that can be read")
     vocabulary, width = shape("text_embeddings.word.weight")
-    sizes = Sizes(
-        width=width, vocabulary=vocabulary,
-        layers=count_layers(tensors, "roberta.encoder.layer.") if naming == "original"
-        else count_layers(tensors, "bert.encoder.layer.") // 2,
-        heads=size_of(config, "heads", max(1, width // 64), source, width), feed_forward=shape("layers.0.up.weight")[0],
-        positions=shape("text_embeddings.position.weight")[0], types=shape("text_embeddings.token_type.weight")[0],
-        features=shape("region_embeddings.feature.weight")[1], locations=shape("region_embeddings.location.weight")[1],
-        variant=variant)
-    if naming == "original":
-        return replace(sizes, region_classes=shape("region_classes.3.weight")[0],
-                       region_words=shape("region_words.3.weight")[0])
-    if "cls.imagePredictions.decoder_dict.0.weight" in tensors:
-        sizes = replace(sizes, region_classes=shape("region_classes.3.weight")[0])
-    if "clfs_dict.TASK15.logit_fc.3.weight" in tensors:
-        sizes = replace(sizes, labels=shape("answer_head.3.weight")[0])
-    return sizes
+    # outputs of heads that only some models' files have
+    outputs, heads = {}, {"labels": "answer_head.3.bias", "region_classes": "region_classes.3.bias"}
+    for size, bias in heads.items():
+        if official_name(bias) in tensors:
+            [outputs[size]] = shape(bias)
+    return Sizes(
+        width=width,
+        vocabulary=vocabulary,
+        layers=count_layers(tensors, "bert.encoder.layer.", ".intermediate.dense.bias"),
+        heads=config.get("heads", max(1, width // 64)),
+        feed_forward=shape("layers.0.up.weight")[0],
+        positions=shape("text_embeddings.position.weight")[0],
+        types=shape("text_embeddings.token_type.weight")[0],
+        features=shape("region_embeddings.feature.weight")[1],
+        locations=shape("region_embeddings.location.weight")[1],
+        variant=config.get("variant", "volta"),
+        **outputs)
 
 
-def from_pretrained(tensors, config, task, source, num_labels=1842, **options):
-    """UC2 for `task` from one of the two pre-trained files; `options` go to the constructor,
-    `num_labels` is the number of xGQA's answers.
+def from_pretrained(tensors, config, task, source, image_size=None, num_labels=1842, **options):
+    """UC2 for `task` from the pre-trained file; `options` go to the constructor.
 
-    The file must be exactly one of them: all of its tensors, with the right shapes, and no other. The pre-training
-    heads are left out, the task's head keeps its initialisation. Which file it was decides the model's `variant`.
+    num_labels: the number of xGQA's answers; image_size is CCLM's. The file must be exactly the
+    pre-trained one. Its heads are left out, the task's head keeps its initialisation.
     Raises ValueError, one line, for any other file.
     """
     sizes = read_sizes(tensors, config, source)
-    with torch.device("meta"):  # shapes only
+    with torch.device("meta"):  # names and shapes only
         whole = UC2(sizes, "pretraining")
-    check_file(whole, tensors, source)
     model = UC2(replace(sizes, labels=num_labels), task, **options)
-    names = {ours: theirs for ours, theirs in official_names(model, whole.naming).items() if theirs in tensors}
-    copy_tensors(model, tensors, names)
-    return model
+    return load(model, tensors, source, whole)
 
 
 def from_finetuned(tensors, config, task, source, **options):
-    """UC2 from a file that holds the fine-tuned model of this very task (ours or IGLUE's).
+    """UC2 from a file of the fine-tuned model of this very task (ours or IGLUE's).
 
-    Raises ValueError for any other file.
+    Raises ValueError, one line, for any other file.
     """
     sizes = read_sizes(tensors, config, source)
-    return load_finetuned(lambda: UC2(sizes, task, **options), tensors, source)
+    return load(UC2(sizes, task, **options), tensors, source)
 
 
 def image_norm_is_identity(tensors):
-    """Whether the image LayerNorm of a VOLTA file is untrained, the trace of the conversion
-    that put its values into the text's place.
-    """
-    weight, bias = (tensors.get(f"bert.embeddings.v_LayerNorm.{part}") for part in ("weight", "bias"))
-    return weight is not None and bias is not None and bool((weight == 1).all() and (bias == 0).all())
+    """Whether IGLUE's file shows the trace of its conversion: an untrained image LayerNorm."""
+    weight = tensors["bert.embeddings.v_LayerNorm.weight"]
+    bias = tensors["bert.embeddings.v_LayerNorm.bias"]
+    return bool((weight == 1).all() and not bias.any())

@@ -1,109 +1,120 @@
-"""How fast, side by side: a ladder from a loop written like the reference's to ours, every rung in one process.
+"""How fast, how large, how exact: a loop like the reference's beside ours, in one process.
 
-    python tests/benchmark.py                         base size (needs 24 GB of memory), on a GPU if there is one
-    python tests/benchmark.py --size mini             seconds instead of minutes
-    python tests/benchmark.py --parts training,pairs  some of: training, precision, answers, ranking, pairs, strategies,
-                                                      growth
+    python tests/benchmark.py                          base size, 20 GB of memory, an hour on a CPU
+    python tests/benchmark.py --size mini              a minute
+    python tests/benchmark.py --parts training,pairs   some of the parts (`PARTS`, at the end)
+    python tests/benchmark.py --gpu                    what matters on a GPU, in 8 minutes
 
-The reference-style rungs do what the released code does: float32, attention written out, texts padded to the task's
-limit, the image encoder once per *question*, states tiled for 128 candidates whose logits over the whole vocabulary are
-kept, keys and values of an image projected again for each of its texts. They use this project's weights, so that
-outputs can be compared: every rung says how far its output is from the first one's.
+The stand-in for the reference does what the released code does. Training: float32, attention
+written out, a batch padded to its longest text, an image for every question, the logits of all
+answer positions, AdamW tensor by tensor. Evaluation: 4 questions at once, an image for each, 128
+candidates by first token, with a copy of the question's states for each; captions padded to 80,
+with a copy of the image for each. It runs on our weights, so that outputs can be compared.
 
-Repetitions are interleaved (rung 1, rung 2, …, rung 1, …), the median is printed, and ratios are taken
-within the run: absolute times say as much about the machine as about the code. FLOPs are counted by
-torch's counter. Results also go to benchmark.json.
+Repetitions are interleaved (row 1, row 2, …, row 1, …). Printed are medians and, per question or
+pair, how many times faster than the first row it is: seconds tell as much about the machine.
+Memory is the most that a row takes beyond what was there before it.
 """
 
 import argparse
 import contextlib
-import json
 import math
-import resource
+import os
 import statistics
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
 
 import cclm  # noqa: E402
-import model as shared  # noqa: E402
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
 import schedule  # noqa: E402
 import train  # noqa: E402
 import uc2  # noqa: E402
-import vit  # noqa: E402
-from cclm import BOS, EOS, pad_to  # noqa: E402
-from model import PAD, select  # noqa: E402
-from recipes import RECIPES  # noqa: E402
+from cclm import BOS, EOS  # noqa: E402
+from model import PAD  # noqa: E402
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = {
-    "base": (cclm.Sizes(768, 250002, 12, 6, 12, 12, 3072, 3072, 514, 1, 768, 12, 12, 3072, 16, 384, 256),
-             uc2.Sizes(768, 250002, 12, 12, 3072, 514, 2, 2048, 7)),
-    "mini": (cclm.Sizes(64, 2002, 4, 2, 4, 4, 128, 128, 66, 1, 64, 2, 4, 256, 16, 96, 32),
-             uc2.Sizes(64, 2002, 6, 4, 128, 130, 2, 64, 7)),
-}
-LANGUAGES, LABELS = 8, 1842
+DEVICE = evaluation.accelerator()
+ON_GPU = DEVICE.type == "cuda"
+RECIPE = train.RECIPES["cclm", "xgqa"]
+BASE = cclm.Sizes(768, 250002, 12, 6, 12, 12, 3072, 3072, 514, 1, 768, 12, 12, 3072, 16, 384, 256)
+MINI = cclm.Sizes(64, 2002, 4, 2, 4, 4, 128, 128, 130, 1, 64, 2, 4, 256, 16, 96, 32)
+CCLM = {"base": BASE, "mini": MINI}
+UC2 = {"base": uc2.Sizes(768, 250002, 12, 12, 3072, 514, 2, 2048, 7),
+       "mini": uc2.Sizes(64, 2002, 6, 4, 128, 130, 2, 64, 7)}
+# FLOP/s in bf16, dense, of the makers' data sheets; the first counts that is part of the name
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+         "A100": 312e12, "L40S": 362e12, "A40": 150e12, "L4": 121e12, "4090": 165e12}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def synchronize():
-    if DEVICE.type == "cuda":
+def seconds_of(function):
+    began = time.perf_counter()
+    function()
+    if ON_GPU:
         torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
-def interleaved(functions, repeat):
-    """Call all functions in turn, `repeat` times over. -> seconds of every call, a list per function."""
-    seconds = [[] for _ in functions]
-    for _ in range(repeat):
-        for times, function in zip(seconds, functions):
-            began = time.perf_counter()
-            function()
-            synchronize()
-            times.append(time.perf_counter() - began)
-    return seconds
+def main_memory(field):
+    """Bytes of this process's memory, as Linux tells them."""
+    with open("/proc/self/status") as file:
+        [line] = [line for line in file if line.startswith(field)]
+    return 1024 * int(line.split()[1])
 
 
-def ladder(title, rungs, unit, repeat, same=None):
-    """Time rungs interleaved; print medians, ratios to the first, and how far outputs are from the first's.
+def peak_of(function):
+    """-> (function(), bytes that it took at most)."""
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        output = function()
+        return output, torch.cuda.max_memory_allocated() - before
+    if not os.path.exists("/proc/self/clear_refs"):  # not Linux
+        return function(), math.nan
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forgets the most so far, VmHWM
+    before = main_memory("VmRSS")
+    output = function()
+    return output, main_memory("VmHWM") - before
 
-    -> list of dicts.
 
-    rungs: [(name, amount, function)], where one call handles `amount` units. same(first
-    output, output) -> text on their difference.
+def ladder(title, rows, repeat):
+    """Time {name: (amount, function)}, where a call does `amount` questions or pairs.
+
+    -> ({name: median seconds}, {name: output}).
     """
-    outputs, memory = [], []
-    for _, _, function in rungs:  # warm-up, and what comes out
-        if DEVICE.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        outputs.append(function())
-        synchronize()
-        memory.append(torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else None)
-    seconds = interleaved([function for _, _, function in rungs], repeat)
-    print(f"\n{title}")
-    rows = []
-    for (name, amount, _), times, output, peak in zip(rungs, seconds, outputs, memory):
-        ratio = statistics.median([(a / rungs[0][1]) / (b / amount) for a, b in zip(seconds[0], times)])
-        median = statistics.median(times)
-        rows.append({"rung": name, "seconds": median, f"{unit}_per_second": amount / median, "ratio": ratio,
-                     "peak_memory_bytes": peak,
-                     "difference": same(outputs[0], output) if same else ""})
-        peak_text = f"{peak / 1e9:5.1f} GB" if peak else ""
-        print(f"  {name:64} {median:8.3f} s {amount / median:10.2f} {unit}/s {ratio:7.2f}x  {peak_text}  "
-              f"{rows[-1]['difference']}", flush=True)
-    return rows
+    print(f"\n{title}", flush=True)
+    outputs, peaks, seconds = {}, {}, {name: [] for name in rows}
+    for name, (_, function) in rows.items():  # a warm-up, too
+        outputs[name], peaks[name] = peak_of(function)
+    for _ in range(repeat):
+        for name, (_, function) in rows.items():
+            seconds[name].append(seconds_of(function))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    first = None
+    for name, (amount, _) in rows.items():
+        each = medians[name] / amount
+        first = first or each
+        print(f"  {name:55} {medians[name]:8.3f} s for {amount:4} {first / each:7.2f}x "
+              f"{peaks[name] / 1e9:+7.2f} GB", flush=True)
+    return medians, outputs
 
 
-def relative_difference(a, b):
-    return f"output differs by {((a.float() - b.float()).abs().max() / a.float().abs().max()).item():.1e}"
+def compare(outputs, first, second):
+    a, b = outputs[first], outputs[second]
+    difference = (a - b).abs().max() / a.abs().max()
+    print(f"  '{second}' differs from '{first}' by {difference.item():.0e}, relatively")
 
 
 def count_flops(function):
@@ -112,516 +123,467 @@ def count_flops(function):
     return counter.get_total_flops()
 
 
-def matmul_peak(dtype, side=None):
-    """FLOP/s of a large matrix product on this device: what "share of peak" refers to."""
-    side = side or (8192 if DEVICE.type == "cuda" else 2048)
-    a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(8):
-        synchronize()
-        began = time.perf_counter()
-        a @ b
-        synchronize()
-        times.append(time.perf_counter() - began)
-    return 2 * side**3 / min(times)
+def tell_rate(name, flops, seconds):
+    """FLOP/s, and their share of what the device can do in bf16, if that is known."""
+    line = f"  {name}: {flops / seconds / 1e12:.3f} TFLOP/s"
+    device = torch.cuda.get_device_name() if ON_GPU else "cpu"
+    for part, peak in PEAKS.items():
+        if part in device:
+            line += f", {flops / seconds / peak:.0%} of the bf16 peak of {device}"
+            break
+    print(line)
 
 
-def saved_bytes(function):
+def autocast(bf16):
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16)
+
+
+# --------------------------------------------------------------------------------------------------
+# Random data. Lengths of texts are log-normal, as real ones nearly are: xGQA's questions have 14
+# tokens on average, xFlickrCO's captions 18 (Chinese) to 30 (Russian), a few two or three times that
+
+
+def texts(count, mean, vocabulary, seed=0):
+    """Token rows <s> … </s>."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.lognormal(math.log(mean) - 0.08, 0.4, count).round().clip(5, 80).astype(int)
+    return [np.array([BOS, *rng.integers(4, vocabulary, n - 2), EOS]) for n in lengths]
+
+
+def label_tokens(count):
+    """Tokens of `count` different labels: most are one or two, some up to five."""
+    rng, labels = np.random.default_rng(5), {}
+    while len(labels) < count:
+        length = rng.choice(5, p=[0.6, 0.3, 0.04, 0.03, 0.03]) + 1
+        labels[tuple(rng.integers(4, 1604, length).tolist())] = None
+    return list(labels)
+
+
+def pixels(images, sizes):
+    shape = (images, 3, sizes.image_size, sizes.image_size)
+    return torch.randint(256, shape, dtype=torch.uint8, device=DEVICE)
+
+
+def regions(images, sizes):
+    return {"features": torch.randn(images, 36, sizes.features, device=DEVICE),
+            "locations": torch.rand(images, 36, sizes.locations, device=DEVICE),
+            "region_mask": torch.ones(images, 36, dtype=torch.long, device=DEVICE)}
+
+
+def question_batch(sizes, questions, images, seed=0):
+    """A training batch of xGQA for CCLM, with an answer to each question."""
+    input_ids, attention_mask = data.pad(texts(questions, 14, sizes.vocabulary, seed))
+    answer_ids, _ = data.pad([[BOS, *label, EOS] for label in label_tokens(questions)])
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "answer_ids": answer_ids,
+             "answer_question": torch.arange(questions), "answer_weight": torch.ones(questions),
+             "images": pixels(images, sizes)}
+    if images < questions:
+        batch["image_index"] = torch.arange(images).repeat_interleave(questions // images)
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+
+
+def question_set(sizes, images, questions, languages=1):
+    """So many questions about each image in each language, as evaluation.texts_with_images reads
+    them.
+    """
+    shown = pixels(images, sizes)
+    examples, image_rows = {}, {}
+    for language in range(languages):
+        tokens = texts(images * questions, 14, sizes.vocabulary, language)
+        examples[language] = SimpleNamespace(tokens=tokens)
+        image_rows[language] = np.arange(images).repeat(questions)
+    pictures = SimpleNamespace(batch=lambda rows: {"images": shown[rows]})
+    return SimpleNamespace(examples=examples, image_rows=image_rows, pictures=pictures)
+
+
+# --------------------------------------------------------------------------------------------------
+# The stand-in for the released code, on our weights
+
+
+def written_out(query, key, value, mask=None, dropout=0.0):
+    """In place of F.scaled_dot_product_attention."""
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -10000.0)
+    elif mask is not None:
+        scores = scores + mask
+    return F.dropout(scores.softmax(-1), dropout) @ value
+
+
+@contextlib.contextmanager
+def as_released():
+    fused = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = written_out
+    yield
+    F.scaled_dot_product_attention = fused
+
+
+def released_losses(decoder, states, mask, answer_ids):
+    """-log p of one answer to each question, with the logits of all positions: [A]."""
+    logits = decoder.logits(decoder.decode(answer_ids, decoder.memory(states), mask))
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), answer_ids[:, 1:], ignore_index=PAD,
+                           reduction="none").sum(1)
+
+
+def released_answers(model, questions, k=128):
+    """The first four questions of a set -> the index of the answer to each."""
+    input_ids, mask = data.pad(questions.examples[0].tokens[:4])
+    input_ids, mask = input_ids.to(DEVICE), mask.to(DEVICE)
+    memory = model.memory(questions.pictures.batch(questions.image_rows[0][:4]))
+    states = model.fuse(model.encode_texts(input_ids, mask), mask, memory)
+    # the candidates of likeliest first token …
+    decoder, answer_ids = model.decoder, model.answer_ids
+    start = decoder.decode(answer_ids[:1, :1].expand(4, 1), decoder.memory(states), mask)
+    log_p = decoder.logits(start[:, 0]).log_softmax(-1)
+    first, top = log_p[:, answer_ids[:, 1]].topk(k)  # [4,k]
+    # … whole, each with a copy of its question's states
+    states, mask = states.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)
+    losses = released_losses(decoder, states, mask, answer_ids[top.flatten()])
+    best = (first - losses.view_as(first)).argmax(1, keepdim=True)
+    return top.gather(1, best)[:, 0]
+
+
+def released_matches(model, states, mask, image_states):
+    """CCLM's scores of pairs: the states of all tokens, an image's copy projected for each text."""
+    for layer in model.cross_layers:
+        keys_values = layer.cross_attention.keys_values(image_states)
+        states = layer(states, mask[:, None, None].bool(), keys_values)
+    return model.itm_head(states[:, 0])[:, 1]
+
+
+def padded_to_80(rows):
+    """Captions as both released codes pad them: input_ids, attention_mask."""
+    input_ids, mask = data.pad([*rows, [PAD] * 80])
+    return input_ids[:-1].to(DEVICE), mask[:-1].to(DEVICE)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def trainee(size, lr=0.0, **dropout):
+    """CCLM for xGQA and its optimizer. At rate 0 time is spent and the weights stay."""
+    torch.manual_seed(0)
+    model = cclm.CCLM(CCLM[size], "xgqa", **dropout).to(DEVICE)
+    rates = dict.fromkeys(train.part_of(model).values(), lr)
+    return model, train.make_optimizer(model, SimpleNamespace(freeze=[]), RECIPE, rates)
+
+
+def step(model, optimizer, batches, bf16=False, factor=1.0):
+    """An optimizer step over parts of equal size, as in train.fit. -> the loss."""
+    losses = []
+    for batch in batches:
+        with autocast(bf16):
+            loss = model(batch)
+        (loss / len(batches)).backward()
+        losses.append(loss.detach())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    train.set_rates(optimizer, factor, RECIPE)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack(losses).mean()
+
+
+def released_step(model, optimizer, batches):
+    losses = []
+    for batch in batches:
+        mask = batch["attention_mask"]
+        with as_released():
+            losses.append(released_losses(model.decoder, model.fuse_batch(batch), mask,
+                                          batch["answer_ids"]).mean())
+            (losses[-1] / len(batches)).backward()
+    for group in optimizer.param_groups:
+        group["fused"] = group["foreach"] = False
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack(losses).mean().detach()
+
+
+def training(size, repeat):
+    """Steps of xGQA with CCLM: each question with its image, or four sharing one; dropout off."""
+    at_once = 32 if ON_GPU else 4
+    model, optimizer = trainee(size, dropout=0.0, drop_path=0.0)
+    apart = [question_batch(CCLM[size], at_once, at_once, seed) for seed in range(4)]
+    shared = [question_batch(CCLM[size], 4 * at_once, at_once)]
+    rows = {"stand-in": lambda: released_step(model, optimizer, apart),
+            "ours": lambda: step(model, optimizer, apart),
+            "ours, bf16": lambda: step(model, optimizer, apart, True),
+            "ours, --questions-per-image 4": lambda: step(model, optimizer, shared),
+            "ours, --questions-per-image 4, bf16": lambda: step(model, optimizer, shared, True)}
+    rows = {name: (4 * at_once, function) for name, function in rows.items()}
+    medians, losses = ladder(f"A training step, CCLM {size}", rows, repeat)
+    compare(losses, "stand-in", "ours")
+    # a backward pass costs two forward passes
+    flops = 3 * 4 * count_flops(lambda: model(apart[0]))
+    for name in ("ours", "ours, bf16"):
+        tell_rate(name, flops, medians[name])
+
+
+def compiled(size, repeat):
+    """The step in bf16, dropout on, before and after torch.compile."""
+    at_once = 32 if ON_GPU else 4
+    model, optimizer = trainee(size)
+    batches = [question_batch(CCLM[size], at_once, at_once, seed) for seed in range(4)]
+    flops = 3 * sum(count_flops(lambda: model(batch)) for batch in batches)
+    for name in ("eager", "--compile"):
+        if name == "--compile":
+            train.compile_layers(model)
+        rows = {name: (4 * at_once, lambda: step(model, optimizer, batches, True))}
+        medians, _ = ladder(f"A training step in bf16, CCLM {size}", rows, repeat)
+        tell_rate(name, flops, medians[name])
+
+
+def precision(size, _):
+    """The losses of 100 steps in bf16 beside those in float32, from one seed, dropout off."""
+    if not ON_GPU:
+        size = "mini"
+    batches = [question_batch(CCLM[size], 16, 4, seed) for seed in range(8)]
+    losses = []
+    for bf16 in (False, True):
+        model, optimizer = trainee(size, 3e-5 if size == "base" else 1e-3, dropout=0, drop_path=0)
+        for i in range(100):
+            factor = train.lr_factor(i, 100, RECIPE.warmup)
+            losses.append(step(model, optimizer, [batches[i % 8]], bf16, factor).item())
+    float32, bf16 = np.reshape(losses, (2, 10, 10)).mean(2)  # means of ten steps
+    print(f"\nCCLM {size}, 100 steps: loss {float32[0]:.3f} to {float32[-1]:.3f} in float32, to "
+          f"{bf16[-1]:.3f} in bf16; apart by at most {abs(bf16 / float32 - 1).max():.2%}")
+
+
+def deterministic(size, _):
+    """Five steps with dropout, twice: are all weights the same bits?"""
+    torch.use_deterministic_algorithms(True)
+    weights = []
+    for _ in range(2):
+        model, optimizer = trainee(size, 3e-5)
+        for i in range(5):
+            train.seed_part(0, i, 0)
+            step(model, optimizer, [question_batch(CCLM[size], 16, 4, i)], ON_GPU)
+        weights.append([parameter.detach().cpu() for parameter in model.parameters()])
+    torch.use_deterministic_algorithms(False)
+    equal = all(map(torch.equal, *weights))
+    print(f"\n--deterministic, CCLM {size}, twice five steps: {'equal' if equal else 'OTHER'} bits")
+
+
+def strategies(size, repeat):
+    """Forward and backward pass: time, FLOPs, and what is kept between the two."""
+    batch = question_batch(CCLM[size], 4, 4)
+    targets = torch.eye(UC2[size].labels, device=DEVICE)[:4]
+    models = {"CCLM": (cclm.CCLM(CCLM[size], "xgqa"), batch),
+              "UC2": (uc2.UC2(UC2[size], "xgqa"), batch | regions(4, UC2[size]) | {
+                  "targets": targets})}
+    for kind, (model, batch) in models.items():
+        model, n = model.to(DEVICE), len(model.layers)
+        k = max(1, n // 6 if kind == "CCLM" else n // 4)
+        arms = {f"SUF, epoch {e + 1}": (schedule.suf(e, n, k), []) for e in range(math.ceil(n / k))}
+        arms = {"standard": (set(range(n)), [])} | arms
+        if kind == "CCLM":
+            cross = schedule.train_top(n, CCLM[size].cross_layers)
+            arms["cross-modal layers only"] = (cross, ["embeddings"])
+            arms["cross-modal layers only, ViT frozen"] = (cross, ["embeddings", "vision"])
+        print(f"\nA step by strategy, {kind} {size}, 4 questions")
+        standard = None
+        for arm, (layers, frozen) in arms.items():
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(model.group_of(name) not in frozen)
+            schedule.apply(model.layers, layers)
+            flops = count_flops(lambda: model(batch).backward())
+            times = [seconds_of(lambda: model(batch).backward()) for _ in range(repeat)]
+            cost = np.array([statistics.median(times), flops, kept_bytes(lambda: model(batch))])
+            standard = cost if standard is None else standard
+            print(f"  {arm:36} {cost[0] / standard[0]:5.2f}x time {cost[1] / standard[1]:5.2f}x "
+                  f"FLOPs {cost[2] / 1e9:6.2f} GB kept", flush=True)
+            model.zero_grad()
+
+
+def kept_bytes(function):
     """Bytes of the distinct tensors that autograd keeps for the backward pass of function()."""
     kept = {}
 
     def pack(tensor):
         if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # the tensor itself, where it is its node's output, would never be freed
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # a node that keeps its own output would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
     return sum(kept.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The reference's way of computing, on this project's weights
+# --------------------------------------------------------------------------------------------------
+# Evaluation
 
 
-def written_out_attention(query, key, value, mask=None, dropout=0.0):
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -10000.0) if mask.dtype == torch.bool else scores + mask
-    probabilities = F.dropout(scores.softmax(-1), dropout)
-    return (probabilities @ value).transpose(1, 2).flatten(2)
+def evaluated(model):
+    return model.to(DEVICE).eval()
 
 
-@contextlib.contextmanager
-def reference_attention():
-    fused, attend = shared.attention, vit.BlockAttention.attend
-    shared.attention, vit.BlockAttention.attend = written_out_attention, staticmethod(written_out_attention)
-    yield
-    shared.attention, vit.BlockAttention.attend = fused, staticmethod(attend)
-
-
-def pad_columns(ids, length):
-    return F.pad(ids, (0, max(0, length - ids.shape[1])), value=PAD)
-
-
-def reference_answer_loss(model, batch, limit):
-    """One image per question, texts padded to the limit, logits of the whole vocabulary
-    at every position, padding included.
-    """
-    input_ids = pad_columns(batch["input_ids"], limit)
-    attention_mask = (input_ids != PAD).long()
-    memory = model.memory(batch)
-    states = model.fuse(model.encode_texts(input_ids, attention_mask), attention_mask, memory)
-    decoder, answers = model.decoder, batch["answer_ids"]
-    logits = decoder.logits(decoder.decode(answers, decoder.memory(states), attention_mask))[:, :-1]
-    losses = F.cross_entropy(logits.flatten(0, 1), answers[:, 1:].flatten(), ignore_index=PAD, reduction="none")
-    return losses.sum() / len(input_ids)
-
-
-def reference_rank(model, images, input_ids, candidate_ids, k=128):
-    """One image pass per question; states tiled for the k candidates; their whole logits kept.
-
-    -> index of the best candidate per question.
-    """
-    attention_mask, decoder = (input_ids != PAD).long(), model.decoder
-    memory = model.image_memory(model.encode_images({"images": images}))
-    states = model.fuse(model.encode_texts(input_ids, attention_mask), attention_mask, memory)
-    bos = candidate_ids[:1, :1].expand(len(states), 1)
-    first = decoder.logits(
-        decoder.decode(bos, decoder.memory(states), attention_mask)[:, 0]).log_softmax(-1)[:, candidate_ids[:, 1]]
-    first, top = first.topk(min(k, len(candidate_ids)))
-    tiled, mask = (x.repeat_interleave(top.shape[1], 0) for x in (states, attention_mask))
-    chosen = candidate_ids[top.flatten()]
-    logits = decoder.logits(decoder.decode(chosen, decoder.memory(tiled), mask))[:, :-1]
-    losses = F.cross_entropy(logits.transpose(1, 2), chosen[:, 1:], ignore_index=PAD, reduction="none").sum(1)
-    return top.gather(1, (first - losses.view_as(first)).argmax(1, keepdim=True))[:, 0]
-
-
-def reference_match(model, text_states, attention_mask, image_states):
-    """Texts' states padded to 80 (computed once, as in the released code), the image's states tiled and projected again
-    for each of them.
-    """
-    memory = model.image_memory(image_states.expand(len(text_states), -1, -1).contiguous())
-    return model.match_scores(pad_to(text_states, 80), pad_to(attention_mask, 80), memory)
-
-
-def reference_pairs(model, text_ids, image):
-    """UC2: texts padded to 80; text and regions embedded again for every pair; the last layer computed for every token.
-    """
-    input_ids = pad_columns(text_ids, 80)
-    attention_mask = (input_ids != PAD).long()
-    memory = model.memory(
-        {name: tensor.expand(len(input_ids), *tensor.shape[1:]).contiguous() for name, tensor in image.items()})
-    hidden = model.fuse(model.encode_texts(input_ids, attention_mask), attention_mask, memory)
-    return model.match_head(model.pooled(hidden))[:, 0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data of the benchmark's sizes
-
-
-def texts(count, vocabulary, mean, longest, seed):
-    """Random token rows with lengths like the benchmark's (facts: xGQA 14 tokens on average,
-    captions 20; some much longer): [count,T].
-    """
-    generator = torch.Generator().manual_seed(seed)
-    lengths = (mean + 0.3 * mean * torch.randn(count, generator=generator)).round().clamp(5, longest).long()
-    ids = torch.randint(4, vocabulary, (count, int(lengths.max())), generator=generator)
-    position = torch.arange(ids.shape[1])
-    ids[:, 0] = BOS
-    ids[position[None] == lengths[:, None] - 1] = EOS
-    return ids.masked_fill(position[None] >= lengths[:, None], PAD).to(DEVICE)
-
-
-def label_tokens(count, vocabulary):
-    """Token rows of `count` different labels: 60 % one token, 30 % two, 10 % three to five, as GQA's 1,842 are about.
-    """
-    generator = torch.Generator().manual_seed(5)
-    labels = {}
-    while len(labels) < count:
-        share = torch.rand((), generator=generator)
-        n = 1 if share < 0.6 else 2 if share < 0.9 else int(torch.randint(3, 6, (), generator=generator))
-        labels[tuple(torch.randint(4, min(vocabulary, 1600 + 4), (n,), generator=generator).tolist())] = None
-    return [list(label) for label in labels]
-
-
-def teach_frequencies(decoder, labels):
-    """Give the decoder's bias the frequencies of answers (Zipf over labels): the least that any training teaches it."""
-    weight = torch.full((len(decoder.bias),), 1e-7)
-    weight[EOS] = 0.4
-    for rank, label in enumerate(labels):
-        for token in label:
-            weight[token] += 0.1 / (rank + 1)
-    decoder.bias.data.copy_((weight / weight.sum()).log().to(DEVICE))
-
-
-def question_batch(sizes, questions, images, seed=0):
-    size = sizes.image_size
-    input_ids = texts(questions, sizes.vocabulary, 14, 40, seed)
-    answers = label_tokens(questions, sizes.vocabulary)
-    rows = [[BOS, *answer, EOS] for answer in answers]
-    longest = max(map(len, rows))
-    return {"images": torch.randint(256, (images, 3, size, size), dtype=torch.uint8,
-                                    generator=torch.Generator().manual_seed(seed)).to(DEVICE),
-            "image_index": torch.arange(images, device=DEVICE).repeat_interleave(questions // images),
-            "input_ids": input_ids, "attention_mask": (input_ids != PAD).long(),
-            "answer_ids": torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], device=DEVICE),
-            "answer_question": torch.arange(questions, device=DEVICE),
-            "answer_weight": torch.ones(questions, device=DEVICE)}
-
-
-def region_batch(sizes, questions, regions=36):
-    input_ids = texts(questions, sizes.vocabulary, 14, 40, 0)
-    return {"features": torch.randn(questions, regions, sizes.features, device=DEVICE),
-            "locations": torch.rand(questions, regions, sizes.locations, device=DEVICE),
-            "region_mask": torch.ones(questions, regions, dtype=torch.long, device=DEVICE),
-            "input_ids": input_ids, "attention_mask": (input_ids != PAD).long(),
-            "targets": torch.eye(sizes.labels, device=DEVICE)[:questions]}
-
-
-def part(batch, rows):
-    """Some questions of a batch with an image each."""
-    return {name: tensor[rows] - (rows.start if name == "answer_question" else 0) for name, tensor in batch.items()}
-
-
-def autocast(on):
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=on)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The parts
-
-
-def question_model(sizes, lr):
-    """-> (CCLM for xGQA with dropout off, so that losses can be compared; its AdamW)."""
+def answering_cclm(size, peaked):
+    """CCLM for xGQA and 1,842 labels; its decoder is untrained, or knows how frequent they are."""
     torch.manual_seed(0)
-    model = cclm.CCLM(sizes, "xgqa", dropout=0.0, drop_path=0.0).to(DEVICE)
-    groups = train.parameter_groups(model, train.part_of(model), dict.fromkeys(train.part_of(model).values(), lr), 0.01)
-    return model, train.make_optimizer(groups, RECIPES["cclm", "xgqa"])
-
-
-def training(size, repeat, compile_too):
-    """xGQA training steps with CCLM: 16 questions over 4 images, dropout off so that losses can be compared."""
-    sizes = SIZES[size][0]
-    model, optimizer = question_model(sizes, 0.0)
-    batch = question_batch(sizes, 16, 4)
-    ungrouped = {name: tensor for name, tensor in batch.items()
-                 if name != "image_index"} | {"images": batch["images"][batch["image_index"]]}
-    halves = [part(ungrouped, slice(0, 8)), part(ungrouped, slice(8, 16))]  # what fits in memory one image per question
-
-    def step(losses_of, fused=True, bf16=False, optimizer=optimizer):
-        total = 0.0
-        for loss_of in losses_of:
-            with autocast(bf16):
-                loss = loss_of() / len(losses_of)
-            loss.backward()
-            total += loss.detach()
-        for group in optimizer.param_groups:
-            group["fused"], group["foreach"] = fused, False
-        for state in optimizer.state.values():  # the fused kernel wants its counters on the device
-            state["step"] = state["step"].to(DEVICE if fused else "cpu")
-        optimizer.step()  # at rate 0: time is spent, weights stay
-        optimizer.zero_grad()
-        return total
-
-    def reference(limit):
-        with reference_attention():
-            return step([lambda half=half: reference_answer_loss(model, half, limit) for half in halves], fused=False)
-
-    def ours(loss_of, bf16=False, grouped=True):
-        return step(
-            [lambda: loss_of(batch)] if grouped else [lambda half=half: loss_of(half) for half in halves], bf16=bf16)
-
-    rungs = [("reference-style: float32, one image pass per question, padded to 40", 16, lambda: reference(40)),
-             ("  the same, padded to the longest of the batch", 16, lambda: reference(0)),
-             ("ours, float32: fused attention and AdamW, logits of real tokens", 16,
-              lambda: ours(model, grouped=False)),
-             ("+ --questions-per-image 4", 16, lambda: ours(model)),
-             ("+ bf16", 16, lambda: ours(model, True))]
-    if compile_too:
-        compiled, its_optimizer = question_model(sizes, 0.0)
-        train.compile_layers(compiled)
-        rungs.append(("+ --compile", 16, lambda: step([lambda: compiled(batch)], True, True, its_optimizer)))
-    rows = ladder(f"xGQA training step, CCLM {size}, 16 questions over 4 images", rungs, "questions", repeat,
-                  relative_difference)
-    # a backward pass costs two forward passes
-    flops = 3 * sum(count_flops(lambda half=half: model(half)) for half in halves)
-    for dtype in (torch.float32, torch.bfloat16):
-        peak, row = matmul_peak(dtype), rows[2] if dtype == torch.float32 else rows[-1]
-        done = flops if dtype == torch.float32 else 3 * count_flops(lambda: model(batch))
-        row["share_of_matmul_peak"] = done / row["seconds"] / peak
-        print(f"  {str(dtype):14} matmul peak {peak / 1e12:.3f} TFLOP/s; '{row['rung']}' reaches "
-              f"{row['share_of_matmul_peak']:.0%} of it")
-    return {"rungs": rows, "flops_per_question": flops / 16}
-
-
-def precision(size, *_):
-    """bf16 against float32: losses of a training from one seed. On a GPU at base size it is compiled, and timed."""
-    fast = size == "base" and DEVICE.type == "cuda"
-    sizes, steps = SIZES["base" if fast else "mini"][0], 100  # the mini size is for any CPU
-    batches = [question_batch(sizes, 64 if fast else 16, 4, seed) for seed in range(8)]
-    losses, seconds = {}, {}
-    for bf16 in (False, True):
-        model, optimizer = question_model(sizes, 3e-5 if fast else 1e-3)
-        if fast:
-            train.compile_layers(model)
-        losses[bf16], times = [], []
-        for step in range(steps):
-            began = time.perf_counter()
-            train.set_rates(optimizer, train.lr_factor(step, steps, 0.1 * steps), RECIPES["cclm", "xgqa"])
-            with autocast(bf16):
-                loss = model(batches[step % len(batches)])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[bf16].append(loss.item())
-            times.append(time.perf_counter() - began)
-        seconds[bf16] = statistics.median(times[steps // 2 :])  # compiled and warm
-    smooth = torch.tensor([losses[False], losses[True]]).unfold(1, 10, 1).mean(2)  # of 10 steps
-    difference = ((smooth[1] - smooth[0]).abs() / smooth[0]).max().item()
-    print(f"\nbf16 against float32, CCLM {'base, compiled' if fast else 'mini'}, {steps} training steps\n"
-          f"  loss {smooth[0, 0]:.3f} to {smooth[0, -1]:.3f} in float32, {smooth[1, 0]:.3f} to {smooth[1, -1]:.3f} in "
-          f"bf16; means of 10 steps differ by at most {difference:.2%}")
-    result = {"steps": steps, "losses": {"float32": losses[False], "bf16": losses[True]}, "difference": difference}
-    if fast:
-        flops = 3 * statistics.fmean(count_flops(lambda batch=batch: model(batch)) for batch in batches)
-        peak = matmul_peak(torch.bfloat16)
-        result |= {"seconds_per_step": seconds[True], "share_of_matmul_peak": flops / seconds[True] / peak}
-        print(f"  bf16: {seconds[True]:.3f} s a step of 64 questions, {result['share_of_matmul_peak']:.0%} of the "
-              f"matmul peak of {peak / 1e12:.3f} TFLOP/s (float32: {seconds[False]:.3f} s)")
-    return result
-
-
-@torch.inference_mode()
-def answers(size, repeat, _):
-    """xGQA evaluation: the questions of one image in 8 languages, all 1,842 labels."""
-    sizes = SIZES[size][0]
-    torch.manual_seed(0)
-    model = cclm.CCLM(sizes, "xgqa").to(DEVICE).eval()
-    labels = label_tokens(LABELS, sizes.vocabulary)
-    rows = [[BOS, *label, EOS] for label in labels]
-    longest = max(map(len, rows))
-    candidates = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], device=DEVICE)
-    image = torch.randint(256, (1, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8, device=DEVICE)
-    asked = 2 if (size, DEVICE.type) == ("base", "cpu") else 8  # questions of the image; seconds each in the worst case
-    few, many = (texts(count, sizes.vocabulary, 14, 40, 1) for count in (2, asked * LANGUAGES))
+    model = evaluated(cclm.CCLM(CCLM[size], "xgqa"))
+    labels = label_tokens(1842)
     model.set_answers(labels)
+    if peaked:
+        frequency = torch.full((len(model.decoder.bias),), 1e-7)
+        frequency[EOS] = 0.4
+        for rank, label in enumerate(labels):
+            frequency[list(label)] += 0.1 / (rank + 1)
+        model.decoder.bias.data = (frequency / frequency.sum()).log().to(DEVICE)
+    return model
 
-    def reference():
-        with reference_attention():
-            return torch.cat(
-                [reference_rank(model, image, pad_columns(question, 40), candidates) for question in few.split(1)])
 
-    def ours(share_images, bf16=False):
-        with autocast(bf16):
-            if share_images:
-                memory = model.memory({"images": image})
-                return torch.cat([model.predict(model.encode_texts(ids, (ids != PAD).long()), (ids != PAD).long(),
-                                                memory) for ids in many.split(64)])
-            parts = []
-            for ids in few.split(1):
-                parts.append(model.predict(model.encode_texts(ids, (ids != PAD).long()), (ids != PAD).long(),
-                                           model.memory({"images": image})))
-            return torch.cat(parts)
-
-    result = {}
-    cases = {"untrained decoder: nothing can be skipped": False, "a decoder that knows answer frequencies": True}
-    for name, teach in cases.items():
-        if teach:
-            teach_frequencies(model.decoder, labels)
-        rungs = [("reference-style: 128 candidates, one image pass per question", 2, reference),
-                 ("ours: exact argmax of all 1,842 labels, one image pass per question", 2, lambda: ours(False)),
-                 (f"+ image encoded once for {asked} questions in {LANGUAGES} languages", len(many),
-                  lambda: ours(True)),
-                 ("+ bf16", len(many), lambda: ours(True, True))]
-        rows = ladder(f"xGQA evaluation, CCLM {size}, {name}", rungs, "questions", repeat)
-        slow, fast = ours(False), ours(True)[: len(few)]
-        print(
-            f"  the last float32 rung answers {int((slow == fast).sum())} of {len(few)} questions as the one before it")
-        result[name] = rows
-    return result
+def answer(model, questions, bf16=False, answers="exact"):
+    """Index of the answer to each question of a set, in its order."""
+    model.answers = answers
+    found = {}
+    with autocast(bf16):
+        for keys, inputs in evaluation.texts_with_images(model, questions, DEVICE):
+            found.update(zip(keys, model.predict(*inputs).tolist()))
+    return torch.tensor([found[key] for key in sorted(found)], device=DEVICE)
 
 
 @torch.inference_mode()
-def ranking(size, repeat, _):
-    """xFlickrCO re-ranking with CCLM: the captions of one image."""
-    sizes = SIZES[size][0]
-    torch.manual_seed(0)
-    model = cclm.CCLM(sizes, "xflickrco").to(DEVICE).eval()
-    captions = texts(64, sizes.vocabulary, 20, 60, 2)
-    mask = (captions != PAD).long()
-    image_states = model.encode_images(
-        {"images": torch.randint(256, (1, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8, device=DEVICE)})
-    text_states = model.encode_texts(captions, mask)
-    order = mask.sum(1).argsort()
+def answers(size, repeat):
+    """xGQA: one question to an image, eight to an image, and these in eight languages."""
+    for peaked in (True, False):
+        model = answering_cclm(size, peaked)
+        four = question_set(CCLM[size], 4, 1)
 
-    def reference():
-        with reference_attention():
-            return reference_match(model, text_states[:32], mask[:32], image_states)
+        def released():
+            with as_released():
+                return released_answers(model, four)
+
+        rows = {"stand-in": (4, released),
+                "ours, --answers reference": (4, lambda: answer(model, four, False, "reference"))}
+        # (images, questions to each, languages); an untrained decoder has all first tokens tried
+        shapes = [(8, 1, 1), (1, 1, 1), (1, 8, 1), (1, 8, 8)] if peaked else [(4, 1, 1)]
+        for shape in shapes:
+            asked = question_set(CCLM[size], *shape)
+            name = "ours, {} image(s) x {} question(s) x {} language(s)".format(*shape)
+            rows[name] = (math.prod(shape), lambda asked=asked: answer(model, asked))
+        if ON_GPU:
+            many = question_set(CCLM[size], 64, 8, 8)
+            rows["ours, 64 x 8 x 8, bf16"] = (4096, lambda: answer(model, many, True))
+        kind = "knows frequencies" if peaked else "is untrained"
+        _, found = ladder(f"xGQA, CCLM {size}, a decoder that {kind}", rows, repeat)
+        same = (found["stand-in"] == found["ours, --answers reference"]).sum()
+        print(f"  '--answers reference' gives {same} of the stand-in's 4 answers")
+
+
+@torch.inference_mode()
+def memory(size, _):
+    """The most that the answer search takes beyond the model: 64 questions, untrained decoder."""
+    asked = question_set(CCLM[size], 1, 64)
+    model = answering_cclm(size, False)
+    began = time.perf_counter()
+    _, peak = peak_of(lambda: answer(model, asked))
+    print(f"\nMemory, CCLM {size}, untrained decoder, 64 questions of one image: {peak / 1e9:.2f} GB "
+          f"beyond the model, {time.perf_counter() - began:.0f} s")
+
+
+def score(model, captions, states, mask, image):
+    """Scores of captions with one image, as eval.py computes them."""
+    scores = torch.zeros(len(captions), device=DEVICE)
+    lengths = np.array([len(row) for row in captions])
+    for rows in evaluation.token_batches(lengths, DEVICE):
+        longest = lengths[rows].max()
+        found = model.match_scores(states[rows, :longest], mask[rows, :longest], image)
+        scores[rows] = found.float()
+    return scores
+
+
+@torch.inference_mode()
+def ranking(size, repeat):
+    """xFlickrCO with CCLM: 128 captions encoded, then scored with one image; and an image's
+    caption with 128 images."""
+    model = evaluated(cclm.CCLM(CCLM[size], "xflickrco"))
+    captions = texts(128, 30, CCLM[size].vocabulary)
+    input_ids, mask = padded_to_80(captions)
+    image_states = model.encode_images({"images": pixels(1, CCLM[size])})
+    states = model.encode_texts(input_ids, mask)
+    copies = image_states.expand(128, -1, -1).contiguous()
+
+    def released(rows):
+        with as_released():
+            return released_matches(model, states[rows], mask[rows], copies)
+
+    def released_encoding():
+        with as_released():
+            return model.encode_texts(input_ids, mask)
+
+    def encoding():
+        for rows in evaluation.token_batches(np.array([len(row) for row in captions]), DEVICE):
+            evaluation.encode(model, [captions[i] for i in rows], DEVICE)
 
     def ours(bf16=False):
-        scores = torch.empty(len(captions), device=DEVICE)
         with autocast(bf16):
-            memory = model.image_memory(image_states)
-            for rows in order.split(32):
-                longest = int(mask[rows].sum(1).max())
-                scores[rows] = model.match_scores(text_states[rows, :longest], mask[rows, :longest], memory).float()
-        return scores[:32]
+            return score(model, captions, states, mask, model.image_memory(image_states))
 
-    rungs = [("reference-style: padded to 80, image projected for every caption", 32, reference),
-             ("ours: image projected once, captions of one length together", 64, ours),
-             ("+ bf16", 64, lambda: ours(True))]
-    return {"rungs": ladder(f"xFlickrCO re-ranking, CCLM {size}", rungs, "pairs", repeat, relative_difference)}
+    ladder(f"Texts, CCLM {size}", {"stand-in": (128, released_encoding), "ours": (128, encoding)},
+           repeat)
+    rows = {"stand-in, captions of an image": (128, lambda: released(range(128))),
+            "stand-in, images of a caption": (128, lambda: released([0] * 128)),
+            "ours": (128, ours), "ours, bf16": (128, lambda: ours(True))}
+    _, scores = ladder(f"xFlickrCO re-ranking, CCLM {size}", rows, repeat)
+    compare(scores, "stand-in, captions of an image", "ours")
 
 
 @torch.inference_mode()
-def pairs(size, repeat, _):
-    """xFlickrCO with UC2: all captions against one image."""
-    sizes = SIZES[size][1]
-    torch.manual_seed(0)
-    model = uc2.UC2(sizes, "xflickrco").to(DEVICE).eval()
-    captions = texts(64, sizes.vocabulary, 20, 60, 2)
-    mask = (captions != PAD).long()
-    image = {"features": torch.randn(1, 36, sizes.features, device=DEVICE),
-             "locations": torch.rand(1, 36, 7, device=DEVICE),
-             "region_mask": torch.ones(1, 36, dtype=torch.long, device=DEVICE)}
-    text_states, memory, order = model.encode_texts(captions, mask), model.memory(image), mask.sum(1).argsort()
+def pairs(size, repeat):
+    """xFlickrCO with UC2: 64 captions and one image."""
+    model = evaluated(uc2.UC2(UC2[size], "xflickrco"))
+    captions = texts(64, 30, UC2[size].vocabulary)
+    image = regions(1, UC2[size])
+    input_ids, mask = padded_to_80(captions)
+    copies = {name: tensor.expand(64, *tensor.shape[1:]) for name, tensor in image.items()}
 
-    def reference():
-        with reference_attention():
-            return reference_pairs(model, captions, image)
+    def released():
+        with as_released():  # text and regions are embedded, and all states computed, for each pair
+            states = model.fuse(model.encode_texts(input_ids, mask), mask, model.memory(copies))
+            return model.match_head(model.pooled(states))[:, 0]
 
     def ours(bf16=False):
-        scores = torch.empty(len(captions), device=DEVICE)
         with autocast(bf16):
-            for rows in order.split(32):
-                longest = int(mask[rows].sum(1).max())
-                scores[rows] = model.match_scores(text_states[rows, :longest], mask[rows, :longest], memory).float()
-        return scores
+            states = model.encode_texts(input_ids, mask)
+            return score(model, captions, states, mask, model.memory(image))
 
-    rungs = [("reference-style: padded to 80, everything embedded for every pair", 64, reference),
-             ("ours: embedded once, captions of one length together", 64, ours), ("+ bf16", 64, lambda: ours(True))]
-    return {"rungs": ladder(f"UC2 pair scoring, {size}", rungs, "pairs", repeat, relative_difference)}
+    rows = {"stand-in": (64, released), "ours": (64, ours), "ours, bf16": (64, lambda: ours(True))}
+    _, scores = ladder(f"xFlickrCO pairs, UC2 {size}", rows, repeat)
+    compare(scores, "stand-in", "ours")
 
 
-def strategies(size, repeat, _):
-    """Forward and backward of a training step by strategy: time, FLOPs, saved activations; and AdamW's state."""
-    sizes, uc2_sizes = SIZES[size]
-    cost = {}
-    for name, batch, make in (("cclm", question_batch(sizes, 4, 4), lambda: cclm.CCLM(sizes, "xgqa")),
-                              ("uc2", region_batch(uc2_sizes, 32), lambda: uc2.UC2(uc2_sizes, "xgqa"))):
-        torch.manual_seed(0)
-        model = make().to(DEVICE)
-        n = len(model.layers)
-        k = max(1, n // 6) if name == "cclm" else n // 4
-        phases = {"standard, and layer-wise decay": (range(n), ())}
-        phases |= {f"SUF, epoch {epoch + 1}": (schedule.suf(epoch, n, k), ()) for epoch in range(math.ceil(n / k))}
-        if name == "cclm":
-            cross = range(n - sizes.cross_layers, n)
-            phases |= {"cross-modal layers only": (cross, ("embeddings",)),
-                       "cross-modal layers only, ViT frozen": (cross, ("embeddings", "vision"))}
-        questions = len(batch["input_ids"])
-        print(f"\nA training step by strategy, {name} {size}, {questions} questions with an image each, dropout on")
-        cost[name] = cost_of(model, batch, phases, repeat)
-    return cost
+# --------------------------------------------------------------------------------------------------
 
-
-def cost_of(model, batch, phases, repeat):
-    """phases: {name: (layers that train, groups that do not)}. -> a row per phase, printed too."""
-    print(f"  {'':38} trainable   time      FLOPs      kept for backward   AdamW state")
-    rows, functions = [], []
-    for name, (trainable, frozen) in phases.items():
-        def step(trainable=trainable, frozen=frozen):
-            for parameter_name, parameter in model.named_parameters():
-                parameter.requires_grad_(model.group_of(parameter_name) not in frozen)
-            schedule.apply(model.layers, set(trainable))
-            model.zero_grad()
-            model(batch).backward()
-
-        flops = count_flops(step)  # a warm-up, too
-        kept = saved_bytes(lambda: model(batch))
-        training_now = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        rows.append({"strategy": name, "trainable": training_now, "flops": flops, "kept_bytes": kept,
-                     "adamw_bytes": 8 * training_now})
-        functions.append(step)
-    seconds = interleaved(functions, repeat)
-    for row, times in zip(rows, seconds):
-        row["time_share"] = statistics.median([b / a for a, b in zip(seconds[0], times)])
-        print(f"  {row['strategy']:38} {row['trainable'] / 1e6:7.1f} M  {row['time_share']:5.2f}x  "
-              f"{row['flops'] / rows[0]['flops']:8.2f}x  "
-              f"{row['kept_bytes'] / 1e9:8.2f} GB ({row['kept_bytes'] / rows[0]['kept_bytes']:4.2f}x)  "
-              f"{row['adamw_bytes'] / 1e9:6.2f} GB")
-    return rows
-
-
-@torch.inference_mode()
-def growth(size, repeat, _):
-    """How evaluation's cost grows when one of images, questions, languages, labels or boxes is doubled."""
-    sizes, uc2_sizes = SIZES[size]
-    torch.manual_seed(0)
-    model, single_stream = cclm.CCLM(sizes, "xgqa").to(DEVICE).eval(), uc2.UC2(uc2_sizes, "xflickrco").to(DEVICE).eval()
-
-    def evaluation(images=1, questions=2, languages=2, labels=LABELS // 2):
-        model.set_answers(label_tokens(labels, sizes.vocabulary))
-        trie = model.trie
-        pictures = torch.randint(256, (images, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8, device=DEVICE)
-        ids = texts(images * questions * languages, sizes.vocabulary, 14, 40, 3)
-        index = torch.arange(images, device=DEVICE).repeat_interleave(questions * languages)
-
-        def run():
-            model.trie, mask = trie, (ids != PAD).long()
-            return model.predict(model.encode_texts(ids, mask), mask, select(model.memory({"images": pictures}), index))
-
-        return run
-
-    def score(boxes=18):
-        ids = texts(16, uc2_sizes.vocabulary, 20, 60, 2)
-        image = {"features": torch.randn(1, boxes, uc2_sizes.features, device=DEVICE),
-                 "locations": torch.rand(1, boxes, 7, device=DEVICE),
-                 "region_mask": torch.ones(1, boxes, dtype=torch.long, device=DEVICE)}
-        return lambda: single_stream.match_scores(
-            single_stream.encode_texts(ids, None), (ids != PAD).long(), single_stream.memory(image))
-
-    print(f"\nWhen one quantity doubles, {size}")
-    teach_frequencies(model.decoder, label_tokens(LABELS, sizes.vocabulary))
-    single, boxes = evaluation(), score()
-    doubled = {"images (with their questions)": (single, evaluation(images=2)),
-               "questions per image": (single, evaluation(questions=4)), "languages": (single, evaluation(languages=4)),
-               "labels": (single, evaluation(labels=LABELS)), "boxes (UC2, 18 to 36)": (boxes, score(36))}
-    functions = [single, boxes, *(double for _, double in doubled.values())]
-    interleaved(functions, 1)  # a warm-up
-    seconds = dict(zip(functions, interleaved(functions, repeat)))
-    rows = [{"doubled": name, "time": statistics.median(b / a for a, b in zip(seconds[once], seconds[twice]))}
-            for name, (once, twice) in doubled.items()]
-    for row in rows:
-        print(f"  {row['doubled']:32} {row['time']:5.2f}x the time")
-    return {"rows": rows}
-
-
-PARTS = {"training": training, "precision": precision, "answers": answers, "ranking": ranking, "pairs": pairs,
-         "strategies": strategies, "growth": growth}
+PARTS = {"training": training, "compile": compiled, "precision": precision,
+         "deterministic": deterministic, "answers": answers, "ranking": ranking, "pairs": pairs,
+         "memory": memory, "strategies": strategies}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: all)")
-    parser.add_argument("--repeat", type=int, default=3, help="timed repetitions of every rung (default: 3)")
-    parser.add_argument("--compile", action="store_true", help="a rung with compiled layers, on a second model")
-    parser.add_argument("--json", default="benchmark.json", help="where the numbers go (default: benchmark.json)")
+    parser.add_argument("--size", choices=CCLM, default="base")
+    parser.add_argument("--parts", help="comma-separated (default: all)")
+    parser.add_argument("--repeat", type=int, default=3, help="timed repetitions (default: 3)")
+    parser.add_argument("--gpu", action="store_true", help="all parts but strategies, none of "
+                        "which starts after seven minutes")
     args = parser.parse_args()
-    unknown = [part for part in args.parts.split(",") if part not in PARTS]
-    if unknown:
-        parser.error(f"no part {unknown[0]!r}; parts are {', '.join(PARTS)}")
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {name}, {args.size} size, {args.repeat} repetitions")
-    results = {"device": name, "torch": torch.__version__, "size": args.size, "peak_memory_so_far_bytes": {}}
-    for part in args.parts.split(","):
-        results[part] = PARTS[part](args.size, args.repeat, args.compile)
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux
-        results["peak_memory_so_far_bytes"][part] = peak
-        print(f"  main memory up to here: {peak / 1e9:.1f} GB at most")
-        Path(args.json).write_text(json.dumps(results, indent=1))
+    began = time.perf_counter()
+    chosen = args.parts.split(",") if args.parts else list(PARTS)
+    if args.gpu:
+        chosen.remove("strategies")
+    print(f"torch {torch.__version__}, {evaluation.describe(DEVICE)}, {torch.get_num_threads()} "
+          f"threads, {args.size} size, {args.repeat} repetitions")
+    for part in chosen:
+        if args.gpu and time.perf_counter() - began > 420:
+            print(f"\n{part}: left out, seven minutes are over")
+            continue
+        PARTS[part](args.size, args.repeat)
+        print(f"  [{part} done after {time.perf_counter() - began:.0f} s]", flush=True)
+        if ON_GPU:
+            print(f"  {torch.cuda.max_memory_reserved() / 1e9:.1f} GB reserved at most")
 
 
 if __name__ == "__main__":

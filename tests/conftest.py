@@ -5,6 +5,7 @@ The tests of train.py take as long as all others together. Where both are to run
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,59 +76,53 @@ def iglue():
     return Path(folder).resolve()
 
 
-@pytest.fixture
-def deterministic():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder that stands for everything a user brings: data/, tokenizer.model, cclm.pt and uc2.pt.
 
-    The data are the miniature's world, which trained tests share.
+    The data are the miniature's world without the mark that says so; the checkpoints have random
+    weights under the official names, and a recipe of few small steps.
     """
-    import sentencepiece
-
-    import mini_languages
-    import mini_world
+    from miniature import world
 
     folder = tmp_path_factory.mktemp("tiny")
-    mini_world.write_world(folder / "data", seed=1)
-    (folder / "rules.tsv").write_text(mini_languages.normalization_rules())
-    corpus = mini_world.tokenizer_corpus(3000, mini_world.WORLD_SIZES["small"], 0)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=220, character_coverage=1.0,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_tsv=str(folder / "rules.tsv"), num_threads=1,
-        minloglevel=2)
-    save_tiny_checkpoints(folder, folder / "tokenizer.model", mini_world.FEATURE_WIDTH)
+    world.write_world(str(folder / "data"))
+    (folder / "data" / "made_by.txt").unlink()
+    shutil.copy(ROOT / "miniature" / "tokenizer.model", folder)
+    save_tiny_checkpoints(folder, world.FEATURE_WIDTH)
     return folder
 
 
-def save_tiny_checkpoints(folder, tokenizer, feature_width, positions=66):
-    """cclm.pt and uc2.pt: random weights in the official pre-training names, with a recipe of few small steps."""
+def save_tiny_checkpoints(folder, feature_width):
     import cclm
     import data
     import uc2
     from model import file_tensors
 
-    tokenizer = data.Tokenizer(tokenizer)
-    words = tokenizer.vocabulary
-    recipe = {"epochs": 2, "batch_size": 32, "lr": 1e-3, "suf_k": 1, "image_size": 32, "few_shot_epochs": 2,
-              "few_shot_lrs": [1e-3, 1e-4]}
+    tokenizer = data.Tokenizer(str(ROOT / "miniature" / "tokenizer.model"))
+    recipe = {"epochs": 2, "batch_size": 32, "lr": 1e-3, "suf_k": 1, "image_size": 32,
+              "few_shot_epochs": 2, "few_shot_lrs": (1e-3, 1e-4)}
     torch.manual_seed(0)
-    cclm_sizes = cclm.Sizes(32, words, 3, 2, 2, 2, 48, 48, positions, 1, 32, 2, 2, 64, 16, 32, 16, decoder_positions=40)
-    uc2_sizes = uc2.Sizes(32, words, 4, 2, 48, positions, 2, feature_width, 7)
+    cclm_sizes = cclm.Sizes(
+        width=32, vocabulary=tokenizer.vocabulary, text_layers=3, cross_layers=2, text_heads=2,
+        cross_heads=2, text_feed_forward=48, cross_feed_forward=48, text_positions=66, text_types=1,
+        vision_width=32, vision_layers=2, vision_heads=2, vision_feed_forward=64, patch_size=16,
+        image_size=32, embed_dim=16, decoder_positions=40)
+    uc2_sizes = uc2.Sizes(
+        width=32, vocabulary=tokenizer.vocabulary, layers=4, heads=2, feed_forward=48, positions=66,
+        types=2, features=feature_width, locations=7)
     models = {"cclm": cclm.CCLM(cclm_sizes, "pretraining"), "uc2": uc2.UC2(uc2_sizes, "pretraining")}
     for name, model in models.items():
-        for parameter in model.parameters():  # larger than at initialisation: predictions that depend on the input
+        for parameter in model.parameters():  # larger than at the start: predictions that differ
             parameter.data += 0.1 * torch.randn_like(parameter)
-        config = model.config() | {"tokenizer_sha256": tokenizer.sha256,
-                                   "recipe": dict.fromkeys(("xgqa", "xvnli", "xflickrco"), recipe)}
+        recipes = dict.fromkeys(("xgqa", "xvnli", "xflickrco"), recipe)
+        config = model.config() | {"tokenizer_sha256": tokenizer.sha256, "recipe": recipes}
         torch.save({"model": file_tensors(model), "config": config}, folder / f"{name}.pt")
 
 
 def train_command(tiny, model, task, run, *flags):
-    """Command line of a short training run on the tiny files."""
-    return [sys.executable, str(ROOT / "train.py"), "--model", model, "--task", task, "--data", str(tiny / "data"),
-            "--checkpoint", str(tiny / f"{model}.pt"), "--tokenizer", str(tiny / "tokenizer.model"),
-            "--run-dir", str(run), "--limit", "128", "--workers", "0", *map(str, flags)]
+    """train.py's flags for a short training run on the tiny files."""
+    flags = ["--model", model, "--task", task, "--data", tiny / "data", "--checkpoint",
+             tiny / f"{model}.pt", "--tokenizer", tiny / "tokenizer.model", "--run-dir", run,
+             "--limit", 128, "--workers", 0, *flags]
+    return [str(flag) for flag in flags]

@@ -17,8 +17,7 @@ if __name__ == "__main__":
 import torch
 from conftest import ROOT  # noqa: F401  (puts the project on the path and sets one thread)
 
-import mini
-import mini_languages
+from miniature import languages, world
 import train
 
 FILE = Path(__file__).with_name("digests.json")
@@ -50,11 +49,11 @@ def training_digest(model, task, *flags, folder):
 
 def world_digest():
     """Every file of the world and its path, but the mark of the code that wrote it."""
-    mini.prepare("cclm", True)
+    world.prepare("cclm")
     digest = hashlib.sha256()
-    for path in sorted(Path(mini.WORLD).rglob("*")):
+    for path in sorted(Path(world.WORLD).rglob("*")):
         if path.is_file() and path.name != "made_by.txt":
-            digest.update(str(path.relative_to(mini.WORLD)).encode() + path.read_bytes())
+            digest.update(str(path.relative_to(world.WORLD)).encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -74,13 +73,13 @@ def test_world_is_the_same():
 
 
 def test_rules_of_the_tokenizer_are_the_same():
-    assert sha256(mini_languages.normalization_rules()) == stored()["rules"]
+    assert sha256(languages.normalization_rules()) == stored()["rules"]
 
 
 if __name__ == "__main__":
     import tempfile
 
-    found = {"machine": machine(), "world": world_digest(), "rules": sha256(mini_languages.normalization_rules())}
+    found = {"machine": machine(), "world": world_digest(), "rules": sha256(languages.normalization_rules())}
     for arm in ARMS:
         with tempfile.TemporaryDirectory() as folder:
             found["-".join(arm)] = training_digest(*arm, folder=Path(folder) / "run")

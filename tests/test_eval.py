@@ -1,19 +1,23 @@
-"""eval.py: runs scored again, compared and of foreign origin; and the evaluation against one text at a time."""
+"""eval.py: scores, ranks, batches, tables by hand; runs scored again, also after they have moved."""
 
 import json
-import re
+import os
 import shutil
 import signal
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import train_command
+from conftest import ROOT, train_command
+from PIL import Image
 
-import cclm
 import data
 import eval as evaluation
 import train
+from data import InputError, Record
 
 CPU = torch.device("cpu")
 
@@ -22,15 +26,28 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def change(path, **fields):
+    """Replace fields of args.json's args."""
+    content = read(path)
+    content["args"] |= fields
+    path.write_text(json.dumps(content))
+
+
+def run_eval(*arguments):
+    evaluation.main([str(argument) for argument in arguments])
+
+
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
     """Finished runs as train.py makes them."""
-    folder, handlers = tmp_path_factory.mktemp("runs"), {number: signal.getsignal(number)
-                                                         for number in (signal.SIGINT, signal.SIGTERM)}
-    for name, flags in {"cclm-xgqa": ["--save-epochs"], "cclm-xgqa-suf": ["--suf"], "uc2-xvnli": [],
+    folder = tmp_path_factory.mktemp("runs")
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in signals]
+    for name, flags in {"cclm-xgqa": ["--save-epochs"], "uc2-xvnli": [],
                         "cclm-xflickrco": ["--limit", 40]}.items():
-        train.main(train_command(tiny, *name.split("-")[:2], folder / name, "--limit", 64, *flags)[2:])
-    for number, handler in handlers.items():
+        model, task = name.split("-")
+        train.main(train_command(tiny, model, task, folder / name, "--limit", 48, *flags))
+    for number, handler in zip(signals, handlers):
         signal.signal(number, handler)
     return folder
 
@@ -38,32 +55,11 @@ def runs(tiny, tmp_path_factory):
 @pytest.fixture
 def run(runs, tmp_path):
     """Function: a copy of a run, to be changed."""
-    return lambda name, copy="run": shutil.copytree(runs / name, tmp_path / copy)
-
-
-def run_eval(*arguments):
-    evaluation.main([str(argument) for argument in arguments])
-
-
-def refused(*arguments):
-    with pytest.raises(SystemExit) as end:
-        run_eval(*arguments)
-    error = str(end.value.code)
-    assert error.startswith("error: ") and "\n" not in error
-    return error
-
-
-def change(path, edit):
-    """Replace the content of a JSON file by edit(content), or what edit makes of it in place."""
-    content = read(path)
-    edited = edit(content)
-    path.write_text(json.dumps(content if edited is None else edited))
+    return lambda name: shutil.copytree(runs / name, tmp_path / "run")
 
 
 def shaken(run, languages):
-    """-> (a run's model with random numbers added to its weights, so that its predictions differ
-    from text to text; some of its test data).
-    """
+    """-> (a run's model, with weights so random that predictions differ; some of its test data)."""
     model, tokenizer, labels, args, recipe = evaluation.load_run(run, CPU)
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -71,326 +67,374 @@ def shaken(run, languages):
     return model.eval(), evaluation.load_split(args, recipe, tokenizer, labels, "test", languages)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run again
+# --------------------------------------------------------------------------------------------------
+# Scores by hand
+
+
+def test_answers_are_scored_by_exact_match_and_type():
+    records = [Record("1", "1", "a", {"yes": 1.0}, type="verify"),
+               Record("2", "1", "a", {"no": 1.0}, type="verify"),
+               Record("3", "1", "a", {"red": .5, "dark red": .5}, type="query"),
+               Record("4", "1", "a", {"no label": 1.0})]
+    scores = evaluation.score(records, ["yes", "yes", "dark red", "red"])
+    assert scores == {"accuracy": 50.0, "n": 4, "by_type": {
+        "query": {"accuracy": 100.0, "n": 1}, "verify": {"accuracy": 50.0, "n": 2}}}
+
+
+def test_pairs_without_a_gold_label_count_as_wrong():
+    labels = ["neutral", "-", "entailment", "-", "neutral"]
+    records = [Record(str(i), "1", "a", label=label) for i, label in enumerate(labels)]
+    scores = evaluation.score(records, ["neutral", "neutral", "entailment", "neutral", "entailment"])
+    assert scores == {"accuracy": 40.0, "n": 5, "accuracy_labelled": pytest.approx(200 / 3),
+                      "n_labelled": 3, "by_type": {"entailment": {"accuracy": 100.0, "n": 1},
+                                                   "neutral": {"accuracy": 50.0, "n": 2}}}
+
+
+def test_mean_of_the_others_leaves_english_out():
+    results = {"en": {"accuracy": 90.0}, "de": {"accuracy": 10.0}, "ko": {"accuracy": 30.0}}
+    assert evaluation.mean_zero_shot(results, "accuracy") == 20.0
+    assert evaluation.mean_zero_shot({"en": {"accuracy": 90.0}}, "accuracy") is None
+
+
+# similarities or scores of three captions (rows) with images A and B; the first two show A
+SCORES = torch.tensor([[.9, .1], [.2, .8], [.7, .3]])
+RIGHT = torch.tensor([[True, False], [True, False], [False, True]])
+ALL = torch.ones(3, 2, dtype=torch.bool)
+
+
+def test_ranks_both_ways():
+    """Image ranks 0, 1, 1; of A's captions the better one is first, B's is second of three."""
+    result, predictions = evaluation.rank_both_ways(SCORES, ALL, ALL, RIGHT, ["a0", "a1", "b"],
+                                                    ["A", "B"])
+    assert result == {
+        "text_recall_at_1": 50.0, "text_recall_at_5": 100.0, "text_recall_at_10": 100.0,
+        "image_recall_at_1": pytest.approx(100 / 3), "image_recall_at_5": 100.0,
+        "image_recall_at_10": 100.0, "n_images": 2, "n_texts": 3}
+    assert predictions == [{"text": "a0", "images": ["A", "B"], "rank": 0},
+                           {"text": "a1", "images": ["B", "A"], "rank": 1},
+                           {"text": "b", "images": ["A", "B"], "rank": 1},
+                           {"image": "A", "texts": ["a0", "b", "a1"], "rank": 0},
+                           {"image": "B", "texts": ["a1", "b", "a0"], "rank": 1}]
+
+
+def test_what_is_no_candidate_ranks_below():
+    best_image, best_text = evaluation.top(SCORES, 1, 1), evaluation.top(SCORES, 1, 0)
+    assert best_image.tolist() == [[True, False], [False, True], [True, False]]
+    assert best_text.tolist() == [[True, False], [False, True], [False, False]]
+    by_text = torch.tensor([[True, False], [True, False], [True, False]])
+    _, predictions = evaluation.rank_both_ways(SCORES, by_text, best_text, RIGHT, "012", "AB")
+    assert [entry["rank"] for entry in predictions[:3]] == [0, 0, 1]
+    assert predictions[4]["texts"][0] == "1" and predictions[4]["rank"] == 2
+
+
+def test_128_candidates_unless_told_otherwise():
+    assert evaluation.evaluate.__wrapped__.__defaults__[-1] == 128
+    assert evaluation.top(torch.rand(2, 300), 128, 1).sum(1).tolist() == [128, 128]
+
+
+def test_batches_by_tokens(monkeypatch):
+    """Padding counts: three texts of 3, 3 and 5 tokens would be 15. A longer text is alone."""
+    monkeypatch.setitem(evaluation.TOKENS_AT_ONCE, "cpu", 12)
+    assert list(evaluation.token_batches([5, 3, 9, 3, 50], CPU)) == [[1, 3], [0], [2], [4]]
+    monkeypatch.setitem(evaluation.TOKENS_AT_ONCE, "cpu", 15)
+    assert list(evaluation.token_batches([5, 3, 9, 3, 50], CPU)) == [[1, 3, 0], [2], [4]]
+
+
+def test_table_has_a_dash_where_a_language_has_no_item():
+    records = [Record("1", "1", "a", label="neutral"), Record("2", "1", "a", label="-")]
+    results = {"en": evaluation.score(records, ["neutral"] * 2),
+               "fr": evaluation.score(records[1:], ["neutral"]),
+               "ru": evaluation.score(records[1:], ["neutral"])}
+    assert evaluation.table("xvnli", results) == (
+        "                  accuracy  without -  neutral\n"
+        "en                    50.0      100.0    100.0\n"
+        "fr                     0.0          -        -\n"
+        "ru                     0.0          -        -\n"
+        "mean of 2 others       0.0          -        -")
+    two = {"en": {"accuracy": 5.0}, "de": {"accuracy": 7.5}}
+    assert evaluation.table("xgqa", two).split() == ["accuracy", "en", "5.0", "de", "7.5"]
+
+
+# --------------------------------------------------------------------------------------------------
+# What is evaluated
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """xFlickrCO in English and German, by hand: the images in another order, and one caption of
+    nothing but punctuation."""
+    lines = {"en": [("1.jpg", "A dog."), ("COCO_2.jpg", "..."), ("3.jpg", "Two cats")],
+             "de": [("3.jpg", "Zwei Katzen"), ("1.jpg", "Ein Hund")]}
+    for language, pairs in lines.items():
+        folder = tmp_path / "xFlickrCO" / "annotations" / language
+        folder.mkdir(parents=True)
+        text = "".join(json.dumps({"img_path": image, "sentences": [text]}) + "\n"
+                       for image, text in pairs)
+        (folder / "test.jsonl").write_text(text)
+    for path in ("flickr30k/flickr30k-images/1.jpg", "flickr30k/flickr30k-images/3.jpg",
+                 "mscoco/val2014/COCO_2.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path)
+    features = tmp_path / "xFlickrCO" / "features"
+    features.mkdir()
+    (features / "ids.txt").write_text("3\nCOCO_2\n1\n")
+    (features / "meta.json").write_text(json.dumps(
+        {"format": 1, "count": 3, "boxes": 2, "dim": 4, "complete": True}))
+    np.save(features / "features.npy", np.zeros((3, 2, 4), np.float16))
+    np.save(features / "boxes.npy", np.ones((3, 2, 4), np.float32))
+    np.save(features / "sizes.npy", np.full((3, 2), 8, np.int32))
+    return tmp_path
+
+
+def split_of(folder, model, **fields):
+    args = SimpleNamespace(model=model, task="xflickrco", data=str(folder), limit=None)
+    recipe = SimpleNamespace(clean="caption" if model == "cclm" else "", test_words=80,
+                             test_tokens=80, image_size=8)
+    tokenizer = data.Tokenizer(str(ROOT / "miniature" / "tokenizer.model"))
+    args.__dict__.update(fields)
+    return evaluation.load_split(args, recipe, tokenizer, [], "test", ["en", "de"])
+
+
+def test_rows_are_those_of_the_common_list_of_images(captions):
+    split = split_of(captions, "uc2")
+    assert split.pictures.keys == ["1", "COCO_2", "3"]
+    assert {language: list(map(int, rows)) for language, rows in split.image_rows.items()} == {
+        "en": [0, 1, 2], "de": [2, 0]}
+    assert split.examples["de"].image_keys == ["3", "1"]
+
+
+def test_cclm_leaves_out_captions_that_are_empty_and_uc2_ranks_them(captions):
+    counts = {model: len(split_of(captions, model).examples["en"]) for model in ("cclm", "uc2")}
+    assert counts == {"cclm": 2, "uc2": 3}
+    assert split_of(captions, "cclm").pictures.keys == ["1", "3"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The evaluation against one text at a time
 
 
 @pytest.mark.parametrize("name", ["cclm-xgqa", "uc2-xvnli", "cclm-xflickrco"])
-def test_scoring_again_gives_the_results_of_training(name, run):
-    folder = run(name)
-    run_eval(folder)
-    assert read(folder / "results_test.json")["languages"] == read(folder / "results.json")["languages"]
-    files = sorted((folder / "predictions").iterdir())
-    assert len(files) == len(data.LANGUAGES[name.split("-")[1]])
-    assert all((folder / "predictions_test" / path.name).read_bytes() == path.read_bytes() for path in files)
-
-
-def test_languages_split_and_epoch(run, tiny):
-    folder = run("cclm-xgqa")
-    run_eval(folder, "--split", "dev", "--languages", "ko,de")
-    results = read(folder / "results_dev.json")["languages"]
-    assert list(results) == ["ko", "de"]
-    assert sorted(path.name for path in (folder / "predictions_dev").iterdir()) == ["de.json", "ko.json"]
-    for language, scores in results.items():
-        truth = read(tiny / "data" / "xGQA" / "annotations" / "few_shot" / language / "dev.json")
-        predicted = {entry["questionId"]: entry["prediction"]
-                     for entry in read(folder / "predictions_dev" / f"{language}.json")}
-        assert list(predicted) == list(truth)[:64]
-        right = {key: predicted[key] == truth[key]["answer"] for key in predicted}
-        assert scores["accuracy"] == pytest.approx(100 * sum(right.values()) / 64) and scores["n"] == 64
-        verify = [right[key] for key in predicted if truth[key]["types"]["structural"] == "verify"]
-        assert scores["by_type"]["verify"] == {"accuracy": pytest.approx(100 * sum(verify) / len(verify)),
-                                               "n": len(verify)}
-    run_eval(folder, "--epoch", 2)  # the last: the weights of model.pt
-    assert read(folder / "results_test_epoch2.json")["languages"] == read(folder / "results.json")["languages"]
-
-
-def test_what_cannot_be_evaluated(run, tmp_path):
-    folder = run("uc2-xvnli")
-    assert "has no language 'de' (it has en, ar, es, fr, ru)" in refused(folder, "--languages", "en,de")
-    assert "epoch1.pt: no such weights" in refused(folder, "--epoch", 1)
-    (folder / "results.json").unlink()
-    assert "this run is not finished" in refused("--compare", folder, folder)
-    (folder / "predictions_dev").touch()
-    assert "predictions_dev: cannot write there (File exists)" in refused(folder, "--split", "dev")
-    (folder / "model.pt").unlink()
-    assert "the run is not finished" in refused(folder)
-    assert "no such file" in refused("--score", "", "--truth", folder / "args.json")
-    assert "not the folder of a run of train.py" in refused(tmp_path / "nothing")
-
-
-def test_features_of_another_width(run, tiny, tmp_path):
-    folder, world = run("uc2-xvnli"), shutil.copytree(tiny / "data", tmp_path / "data", symlinks=True)
-    width = read(world / "flickr30k" / "features" / "meta.json")["dim"]
-    features = np.load(world / "flickr30k" / "features" / "features.npy")
-    np.save(world / "flickr30k" / "features" / "features.npy", features[..., :-1])
-    change(world / "flickr30k" / "features" / "meta.json", lambda meta: meta.update(dim=width - 1))
-    change(folder / "args.json", lambda stored: stored["args"].update(data=str(world)))
-    assert f"flickr30k/features: features of width {width - 1}, the checkpoint reads {width}" in refused(folder)
-
-
-@pytest.mark.parametrize("file, edit, message", [
-    ("args.json", lambda stored: {"args": {}, "recipe": {}}, "args.json, args: no field 'model'"),
-    ("args.json", lambda stored: stored | {"args": []}, "args.json, args: expected an object"),
-    ("args.json", lambda stored: stored | {"recipe": []}, "args.json, recipe: expected an object"),
-    ("args.json", lambda stored: stored | {"recipe": {"epochs": 2}}, "args.json, recipe: no field 'batch_size'"),
-    ("args.json", lambda stored: stored["recipe"].update(speed=1), "args.json, recipe: unknown field 'speed'"),
-    ("args.json", lambda stored: stored["args"].__delitem__("miniature"), "args.json, args: no field 'miniature'"),
-    *(("args.json", lambda stored, part=part, name=name, value=value: stored[part].update({name: value}),
-       f"args.json, {part}: {name} is {value!r}, expected ")
-      for part, name, value in [
-          ("args", "model", "bert"), ("args", "task", ["xgqa"]), ("args", "workers", -1), ("args", "workers", True),
-          ("args", "limit", -1), ("args", "limit", 0), ("args", "precision", "fp8"), ("args", "miniature", None),
-          ("args", "data", 5), ("args", "data", "\0"), ("args", "tokenizer", "\ud800"), ("args", "image_cache", []),
-          ("args", "few_shot", 5), ("args", "seed", "0"), ("recipe", "epochs", True), ("recipe", "image_size", -5),
-          ("recipe", "test_tokens", 1), ("recipe", "test_words", -1), ("recipe", "few_shot_lrs", []),
-          ("recipe", "micro_batch", None), ("recipe", "dropout", [1]), ("recipe", "clean", 5)]),
-    ("args.json", lambda stored: stored.__delitem__("fingerprints"), "args.json: no field 'fingerprints'"),
-    *(("results.json", lambda results, value=value: results["languages"]["fr"].update(accuracy=value),
-       "results.json, fr: accuracy is ") for value in (10**400, -1, 1000, True, "x", None, float("1e300"))),
-    ("results.json", lambda results: results["languages"]["fr"].update(accuracy_labelled=101),
-     "results.json, fr: accuracy_labelled is 101"),
-    ("results.json", lambda results: results["languages"]["fr"].__delitem__("by_type"), "fr: no field 'by_type'"),
-    ("results.json", lambda results: results["languages"]["fr"].update(by_type=[1]), "'by_type' must be dict"),
-    ("results.json", lambda results: results["languages"]["fr"].update(by_type={"neutral": 5}),
-     "results.json, fr, type neutral: expected an object"),
-    ("results.json", lambda results: results["languages"]["fr"]["by_type"]["neutral"].update(accuracy=-1),
-     "results.json, fr, type neutral: accuracy is -1, expected a number from 0 to 100"),
-    ("results.json", lambda results: results["languages"]["fr"]["by_type"]["neutral"].update(n=True), "n is True"),
-    ("results.json", lambda results: results.update(task="mnli"), "results.json: task is 'mnli', expected one of"),
-    ("predictions/fr.json", lambda entries: [*entries, entries[0]], "stands there a second time"),
-    ("results.json", lambda results: {}, "results.json: no field 'task'"),
-    ("results.json", lambda results: results.update(languages={"en": {}}), "en: no field 'accuracy'"),
-    ("results.json", lambda results: results.update(languages={}), "have no language in common"),
-    ("predictions/fr.json", lambda entries: [], "fr.json: expected a list of predictions"),
-    ("predictions/fr.json", lambda entries: {}, "fr.json: expected a list of predictions"),
-    ("predictions/fr.json", lambda entries: [[1]], "fr.json: expected a list of predictions"),
-    ("predictions/fr.json", lambda entries: [entry | {"id": f"another {i}"} for i, entry in enumerate(entries)],
-     "fr.json: no prediction is about an item of the test data")])
-def test_damaged_runs(file, edit, message, run):
-    folder = run("uc2-xvnli")
-    change(folder / file, edit)
-    assert message in refused("--compare", folder, folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Two runs
-
-
-def compared(capsys, a, b):
-    """The lines of --compare: {(metric, language or mean): (A, B, B - A, low, high)}."""
-    run_eval("--compare", a, b)
-    rows, metric = {}, None
-    for line in capsys.readouterr().out.splitlines():
-        numbers = re.findall(r"[-+]?\d+\.\d+", line)
-        if "interval" in line:
-            metric = line.split()[0]
-        elif len(numbers) == 5:
-            rows[metric, line.split("  ")[0].strip()] = tuple(map(float, numbers))
-    return rows
-
-
-def test_compare(runs, capsys):
-    """A and B are the runs' results; the interval of the difference holds it."""
-    a, b = runs / "cclm-xgqa", runs / "cclm-xgqa-suf"
-    rows = compared(capsys, a, b)
-    results = [read(run / "results.json")["languages"] for run in (a, b)]
-    assert [language for _, language in rows] == [*data.LANGUAGES["xgqa"], "mean of 7 others"]
-    for (_, language), (in_a, in_b, difference, low, high) in rows.items():
-        expected = [evaluation.mean_zero_shot(some, "accuracy") if language.startswith("mean")
-                    else some[language]["accuracy"] for some in results]
-        assert (in_a, in_b, difference) == pytest.approx((*expected, expected[1] - expected[0]), abs=0.0051)
-        assert low <= difference <= high
-    assert all(row[2:] == (0, 0, 0) for row in compared(capsys, a, a).values())
-    rows = compared(capsys, runs / "cclm-xflickrco", runs / "cclm-xflickrco")
-    assert {metric for metric, _ in rows} == {"TR@1", "IR@1"} and all(row[2:] == (0, 0, 0) for row in rows.values())
-    assert "nothing to compare" in refused("--compare", a, runs / "uc2-xvnli")
-    for flags in (["--languages", "de"], ["--epoch", 1], ["--split", "dev"]):
-        with pytest.raises(SystemExit, match="2"):
-            run_eval("--compare", a, b, *flags)
-        assert capsys.readouterr().err == "error: --languages, --split and --epoch go with the folder of a run\n"
-
-
-def test_compare_by_hand(run, tiny, capsys):
-    """B answers all, A none of the German questions; of the Korean ones B answers
-    those about every other image, A none.
-    """
-    a, b = run("cclm-xgqa", "a"), run("cclm-xgqa", "b")
-    gold = read(tiny / "data" / "xGQA" / "annotations" / "few_shot" / "de" / "test.json")
-    questions = list(gold)[:64]
-    images = list(dict.fromkeys(gold[key]["imageId"] for key in questions))
-    half = set(images[::2])
-    for folder in (a, b):
-        for language in ("de", "ko"):
-            right = {key: folder == b and (language == "de" or gold[key]["imageId"] in half) for key in questions}
-            entries = [{"questionId": key, "prediction": gold[key]["answer"] if right[key] else "?"}
-                       for key in questions]
-            (folder / "predictions" / f"{language}.json").write_text(json.dumps(entries))
-            results = read(folder / "results.json")
-            results["languages"][language]["accuracy"] = 100 * sum(right.values()) / len(right)
-            (folder / "results.json").write_text(json.dumps(results))
-    rows = compared(capsys, a, b)
-    assert rows["accuracy", "de"] == (0, 100, 100, 100, 100)
-    share = sum(gold[key]["imageId"] in half for key in questions) / len(questions)
-    assert rows["accuracy", "ko"][2] == pytest.approx(100 * share, abs=0.0051)
-    # of a share of images drawn with replacement, 4 questions each
-    deviation = 100 * np.sqrt(share * (1 - share) / len(images))
-    assert rows["accuracy", "ko"][3:] == pytest.approx((100 * share - 1.96 * deviation, 100 * share + 1.96 * deviation),
-                                                       abs=deviation / 2)
-    assert rows["accuracy", "mean of 7 others"][2] == pytest.approx((100 + 100 * share) / 7, abs=0.0051)
-    (b / "predictions" / "de.json").write_text(json.dumps(read(b / "predictions" / "de.json")[:-1]))
-    assert "predicts other items" in refused("--compare", a, b)
-    for limit, said in ((256, "one was run with --limit 64, the other with --limit 256"),
-                        (None, "one was run with --limit 64, the other without --limit")):
-        change(b / "args.json", lambda stored: stored["args"].update(limit=limit))
-        assert said in refused("--compare", a, b)
-
-
-def test_an_image_counts_as_one_in_all_languages(run, capsys):
-    """B answers the questions about every other image, in German and in Korean, where the first image has no questions:
-    the mean varies as the languages do, which vary together.
-    """
-    a, b = run("cclm-xgqa", "a"), run("cclm-xgqa", "b")
-    _, records = data.read_records(evaluation.read_run(a)[0].data, "xgqa", "test", "de")
-    images = sorted({record.image for record in records[:64]})
-    for folder in (a, b):
-        for language in data.LANGUAGES["xgqa"]:
-            right = set(images[::2]) if folder == b and language in ("de", "ko") else ()
-            entries = [{"questionId": record.id,
-                        "prediction": next(iter(record.answers)) if record.image in right else "?"}
-                       for record in records[:64] if language != "ko" or record.image != images[0]]
-            (folder / "predictions" / f"{language}.json").write_text(json.dumps(entries))
-    rows = compared(capsys, a, b)
-    german, korean, mean = (rows["accuracy", name] for name in ("de", "ko", "mean of 7 others"))
-    together = (german[4] - german[3] + korean[4] - korean[3]) / 7
-    assert mean[4] - mean[3] == pytest.approx(together, rel=0.1) and together > 5
-
-
-def test_runs_tested_on_different_data_are_not_compared(run, capsys):
-    a, b = run("cclm-xgqa", "a"), run("cclm-xgqa", "b")
-    change(b / "args.json", lambda stored: stored | {"fingerprints": {  # the same files elsewhere, other training data
-        path.replace("/data/", "/elsewhere/"): digest if "test.json" in path else "0"
-        for path, digest in stored["fingerprints"].items()}})
-    run_eval("--compare", a, b)
-    change(b / "args.json", lambda stored: stored["fingerprints"].update(
-        {path: "0" for path in stored["fingerprints"] if path.endswith("/ko/test.json")}))
-    assert refused("--compare", a, b).endswith("were tested on different data (their ko/test.json are not the same): "
-                                               "train one of them again")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Foreign predictions
-
-
-@pytest.mark.parametrize("language", ["en", "de"])
-def test_published_predictions_get_their_published_score(language, iglue, capsys):
-    """IGLUE's own UC2 predictions: as many right ones, to the last, overall and by type."""
-    run_eval("--score", iglue / "results" / "xgqa" / "zero_shot" / "uc2" / f"test_{language}_0_result.json",
-             "--truth", iglue / "xGQA" / "annotations" / "few_shot" / language / "test.json")
-    found = {}
-    for line in capsys.readouterr().out.splitlines():
-        if match := re.fullmatch(r"(\w+) +([\d.]+) %  \((\d+) of (\d+)\)", line):
-            right, n = int(match[3]), int(match[4])
-            assert match[2] == f"{100 * right / n:.2f}"
-            found[match[1]] = {"n": n, "correct": right, "acc": pytest.approx(100 * right / n, abs=1e-9)}
-    assert found == read(iglue / "results" / "xgqa" / "expected_en_de.json")[language]
-
-
-def test_missing_and_unknown_predictions_are_told(tiny, tmp_path, capsys):
-    truth = tiny / "data" / "xGQA" / "annotations" / "few_shot" / "en" / "test.json"
-    gold = read(truth)
-    entries = [{"questionId": key, "prediction": record["answer"]} for key, record in gold.items()]
-    path = tmp_path / "predictions.json"
-    path.write_text(json.dumps(entries[: len(gold) // 4] + [{"questionId": "nowhere", "prediction": "yes"}]))
-    run_eval("--score", path, "--truth", truth)
-    out = capsys.readouterr().out
-    assert f"{len(gold) - len(gold) // 4:,} questions have no prediction and count as wrong" in out
-    assert "1 predictions are about other questions and are left out" in out and " 25.00 %" in out
-    path.write_text("{}")
-    assert "expected a list" in refused("--score", path, "--truth", truth)
-    path.write_text(json.dumps([{"questionId": "1"}]))
-    assert "entry 0: no field 'prediction'" in refused("--score", path, "--truth", truth)
-    path.write_text(json.dumps([*entries, entries[0] | {"prediction": "another"}]))
-    error = refused("--score", path, "--truth", truth)
-    assert f"entry {len(entries)}: questionId '{next(iter(gold))}' stands there a second time" in error
-    question = {"question_id": 1, "img_id": "1", "sent": "Is it?", "label": {"yes": 1.0}}
-    (tmp_path / "list.json").write_text(json.dumps([question, question | {"question_id": "1", "label": {"no": 1.0}}]))
-    path.write_text("[]")
-    assert "list.json: question 1 stands there a second time" in refused("--score", path, "--truth",
-                                                                         tmp_path / "list.json")
-    (tmp_path / "truth.json").write_text("{}")
-    path.write_text("[]")
-    assert "truth.json: no records" in refused("--score", path, "--truth", tmp_path / "truth.json")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The evaluation itself
-
-
-def test_languages_without_labels_or_types():
-    """A test file of "-" alone; a language whose questions have no types: a score all the same, "-" in the table."""
-    pairs = [data.Record("1", "1", "a", label="-")]
-    results = {"en": evaluation.score_labels([data.Record("1", "1", "a", label="neutral"), *pairs], ["neutral"] * 2),
-               "fr": evaluation.score_labels(pairs, ["neutral"]), "ru": evaluation.score_labels(pairs, ["neutral"])}
-    assert (results["fr"]["accuracy"], results["fr"]["accuracy_labelled"]) == (0, None)
-    rows = [line.split() for line in evaluation.table("xvnli", results).splitlines()]
-    assert rows[1:] == [["en", "50.0", "100.0", "100.0"], ["fr", "0.0", "-", "-"], ["ru", "0.0", "-", "-"],
-                        ["mean", "of", "these", "2", "0.0", "-", "-"]]
-    typed, untyped = (data.Record("1", "1", "a", {"yes": 1.0}, type=name) for name in ("verify", ""))
-    results = {language: evaluation.score_answers([record], ["yes"])
-               for language, record in {"en": untyped, "de": typed, "ko": untyped}.items()}
-    rows = [line.split() for line in evaluation.table("xgqa", results).splitlines()]
-    assert rows == [["accuracy", "verify"], ["en", "100.0", "-"], ["de", "100.0", "100.0"], ["ko", "100.0", "-"],
-                    ["mean", "of", "these", "2", "100.0", "100.0"]]
-
-
-@pytest.mark.parametrize("languages, last", [
-    (["en"], "en"), (["en", "de"], "de"), (["de", "ko"], "mean of these 2"), (["en", "de", "ko"], "mean of these 2"),
-    (data.LANGUAGES["xgqa"], "mean of 7 others"), (data.LANGUAGES["xgqa"][1:], "mean of 7 others")])
-def test_the_mean_is_named_after_its_languages(languages, last):
-    assert evaluation.table("xgqa", {name: {"accuracy": 5.0} for name in languages}).splitlines()[-1].startswith(last)
-
-
-@pytest.mark.parametrize("name", ["cclm-xgqa", "uc2-xvnli", "cclm-xflickrco"])
-def test_batches_do_not_matter(name, runs):
-    """One image and one text at a time, everything at once, and anything between: the same predictions, or ranks."""
+def test_batches_do_not_matter(name, runs, monkeypatch):
+    """Little by little or everything at once: the same predictions, or ranks."""
     model, chosen = shaken(runs / name, ["en", "ru"])
     results, predictions = evaluation.evaluate(model, chosen, CPU)
-    sizes = [(1, 7), (100, 1000)] + ([] if name == "cclm-xflickrco" else [(1, 1), (3, 20)])
-    for image_batch, text_batch in sizes:
-        again, predicted = evaluation.evaluate(model, chosen, CPU, image_batch=image_batch, text_batch=text_batch)
-        if name == "cclm-xflickrco":
-            assert [entry["rank"] for entry in predicted["ru"]] == [entry["rank"] for entry in predictions["ru"]]
-        else:
-            assert predicted == predictions and len({entry["prediction"] for entry in predicted["ru"]}) > 1
+    for images, tokens in ((1, 40), (100, 100_000)):
+        monkeypatch.setitem(evaluation.IMAGES_AT_ONCE, "cpu", images)
+        monkeypatch.setitem(evaluation.TOKENS_AT_ONCE, "cpu", tokens)
+        again, predicted = evaluation.evaluate(model, chosen, CPU)
         assert again == results
+        field = "rank" if name == "cclm-xflickrco" else "prediction"
+        found = [entry[field] for entry in predicted["ru"]]
+        assert found == [entry[field] for entry in predictions["ru"]] and len(set(found)) > 1
+
+
+def test_evaluation_leaves_the_mode_of_the_model(runs):
+    model, chosen = shaken(runs / "uc2-xvnli", ["fr"])
+    for training in (True, False):
+        model.train(training)
+        evaluation.evaluate(model, chosen, CPU)
+        assert model.training is training
 
 
 def test_similarities_do_not_tie_under_bf16(runs, monkeypatch):
     """They choose the candidates of CCLM's retrieval, among 5,000 captions."""
     model, chosen = shaken(runs / "cclm-xflickrco", ["en"])
     seen, top = [], evaluation.top
-    monkeypatch.setattr(evaluation, "top", lambda similarity, *of: seen.append(similarity) or top(similarity, *of))
+    monkeypatch.setattr(evaluation, "top", lambda found, *of: seen.append(found) or top(found, *of))
     evaluation.evaluate(model, chosen, CPU, "bf16")
-    assert len(seen) == 2 and all(len(similarity.unique()) > 0.9 * similarity.numel() for similarity in seen)
+    assert len(seen) == 2
+    assert all(len(found.unique()) > 0.9 * found.numel() for found in seen)
 
 
 @torch.inference_mode()
 def test_answers_are_the_likeliest_labels(runs):
-    """Every question alone with its image, every label scored in full by teacher forcing:
-    the answers of the whole evaluation.
-    """
+    """Every question alone with its image, every label scored in full by teacher forcing: the
+    answers of the whole evaluation."""
     model, chosen = shaken(runs / "cclm-xgqa", ["en", "bn"])
     _, predictions = evaluation.evaluate(model, chosen, CPU)
-    args, _ = evaluation.read_run(runs / "cclm-xgqa")
-    answer_ids, _ = data.pad(list(data.Tokenizer(args.tokenizer)(chosen.names)))
-    assert answer_ids.tolist()[0][0] == cclm.BOS and len(set(map(tuple, answer_ids.tolist()))) == len(chosen.names)
+    rows = torch.zeros(len(model.answer_ids), dtype=torch.long)
     for language, examples in chosen.examples.items():
         for i, entry in enumerate(predictions[language]):
             memory = model.memory(chosen.pictures.batch(chosen.image_rows[language][i : i + 1]))
-            input_ids, mask = data.pad([examples.tokens[i]])
-            states = model.fuse(model.encode_texts(input_ids, mask), mask, memory)
-            losses = model.decoder.answer_losses(states, mask, answer_ids,
-                                                 torch.zeros(len(answer_ids), dtype=torch.long))
-            assert entry == {"questionId": examples.records[i].id, "prediction": chosen.names[losses.argmin()]}
+            states, mask = evaluation.encode(model, [examples.tokens[i]], CPU)
+            fused = model.fuse(states, mask, memory)
+            losses = model.decoder.answer_losses(fused, mask, model.answer_ids, rows)
+            assert entry == {"questionId": examples.records[i].id,
+                             "prediction": chosen.names[losses.argmin()]}
         assert len({entry["prediction"] for entry in predictions[language]}) > 1
+
+
+# --------------------------------------------------------------------------------------------------
+# A run again
+
+
+@pytest.mark.parametrize("name", ["cclm-xgqa", "uc2-xvnli", "cclm-xflickrco"])
+def test_scoring_again_gives_the_results_of_training(name, run, capsys):
+    folder = run(name)
+    run_eval(folder)
+    out, err = capsys.readouterr()
+    assert read(folder / "test/results.json")["languages"] == read(folder / "results.json")["languages"]
+    assert out.endswith(f"results and predictions: {folder / 'test'}\n") and err == ""
+    files = sorted((folder / "predictions").iterdir())
+    assert len(files) == len(data.LANGUAGES[name.split("-")[1]])
+    for path in files:
+        assert (folder / "test/predictions" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_languages_split_epoch_answers_and_out(run, tiny, tmp_path):
+    folder = run("cclm-xgqa")
+    run_eval(folder, "--split", "dev", "--languages", "ko,de")
+    results = read(folder / "dev/results.json")["languages"]
+    assert list(results) == ["ko", "de"]
+    truth = read(tiny / "data/xGQA/annotations/few_shot/ko/dev.json")
+    predicted = read(folder / "dev/predictions/ko.json")
+    right = [truth[entry["questionId"]]["answer"] == entry["prediction"] for entry in predicted]
+    assert results["ko"]["accuracy"] == 100 * sum(right) / 48 and len(predicted) == 48
+    # the last epoch's weights are model.pt
+    run_eval(folder, "--epoch", 2, "--languages", "de")
+    expected = {"de": read(folder / "results.json")["languages"]["de"]}
+    assert read(folder / "test-epoch2/results.json")["languages"] == expected
+    run_eval(folder, "--answers", "reference", "--out", tmp_path / "elsewhere", "--languages", "de")
+    assert (tmp_path / "elsewhere/predictions/de.json").is_file()
+    assert not (folder / "test-reference").exists()
+
+
+def test_how_answers_are_chosen_is_a_runs_own(run):
+    folder = run("cclm-xgqa")
+    content = read(folder / "args.json")
+    assert evaluation.load_run(folder, CPU)[0].answers == "exact"
+    change(folder / "args.json", answers="reference")
+    assert evaluation.load_run(folder, CPU)[0].answers == "reference"
+    del content["args"]["answers"]  # a run of before there was a choice
+    (folder / "args.json").write_text(json.dumps(content))
+    assert evaluation.load_run(folder, CPU)[0].answers == "exact"
+
+
+def test_data_that_moved(run, tiny, tmp_path, capsys):
+    folder = run("uc2-xvnli")
+    change(folder / "args.json", data=str(tmp_path / "gone"))
+    with pytest.raises(InputError, match="gone: it is gone since .*--data DIR"):
+        run_eval(folder)
+    moved = shutil.copytree(tiny / "data", tmp_path / "moved", symlinks=True)
+    run_eval(folder, "--data", moved, "--languages", "fr")
+    assert capsys.readouterr().err == ""
+    change(folder / "args.json", tokenizer=str(tmp_path / "gone.model"))
+    with pytest.raises(InputError, match="gone.model: .*--tokenizer FILE"):
+        run_eval(folder, "--data", moved)
+    # the same place, other content
+    file = moved / "XVNLI/annotations/fr/test.jsonl"
+    file.write_text(file.read_text() + "\n")
+    flags = ["--data", moved, "--tokenizer", tiny / "tokenizer.model", "--languages", "fr"]
+    run_eval(folder, *flags)
+    assert capsys.readouterr().err == f"warning: {file} is not the file that {folder} read\n"
+
+
+def test_checkout_that_moved(run, tiny, tmp_path):
+    """What lies in the checkout is stored relative to it: no flag is needed."""
+    folder, checkout = run("uc2-xvnli"), tmp_path / "checkout"
+    checkout.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, checkout)
+    (checkout / "data").symlink_to(tiny / "data")
+    shutil.copy(tiny / "tokenizer.model", checkout)
+    change(folder / "args.json", data="data", tokenizer="tokenizer.model")
+    command = [sys.executable, str(checkout / "eval.py"), str(folder), "--languages", "fr"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    expected = {"fr": read(folder / "results.json")["languages"]["fr"]}
+    assert read(folder / "test/results.json")["languages"] == expected
+
+
+def test_features_of_another_width(run, tiny, tmp_path):
+    folder = run("uc2-xvnli")
+    world = shutil.copytree(tiny / "data", tmp_path / "data", symlinks=True)
+    path = world / "flickr30k/features/features.npy"
+    features = np.load(path)
+    width = features.shape[2]
+    np.save(path, features[..., :-1])
+    with pytest.raises(InputError, match=f"flickr30k/features: features of width {width - 1}, the "
+                                         f"checkpoint reads {width}"):
+        run_eval(folder, "--data", world)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--languages", "en,de"], "no XVNLI/annotations/de/test.jsonl"),
+    (["--epoch", "1"], "epoch1.pt"),
+    (["--split", "train"], "argument --split: invalid choice: 'train'"),
+    (["--speed", "2"], "unrecognized arguments: --speed 2"),
+])
+def test_what_cannot_be_evaluated(flags, message, runs):
+    with pytest.raises(InputError) as error:
+        run_eval(runs / "uc2-xvnli", *flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda folder: (folder / "args.json").unlink(), "args.json: cannot be read"),
+    (lambda folder: (folder / "args.json").write_text("{}"), "no field 'args'"),
+    (lambda folder: (folder / "args.json").write_text("{"), "args.json: "),
+    (lambda folder: (folder / "model.pt").unlink(), "model.pt"),
+    (lambda folder: (folder / "model.pt").write_bytes(b"PK"), "model.pt"),
+    (lambda folder: (folder / "test").touch(), "test/predictions: "),
+])
+def test_damaged_runs(spoil, message, run):
+    folder = run("uc2-xvnli")
+    spoil(folder)
+    with pytest.raises(InputError) as error:
+        run_eval(folder)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_that_is_not_finished_has_no_results(run):
+    folder = run("uc2-xvnli")
+    (folder / "results.json").unlink()
+    with pytest.raises(InputError, match="this run is not finished"):
+        evaluation.read_results(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Programs and devices
+
+
+PROGRAM = """
+import os, sys, eval
+for case, output in zip(("full", "closed", "ascii", "mistake"), map(int, sys.argv[2:])):
+    if os.fork() == 0:
+        os.dup2(output, 1)
+        os.dup2(os.open(f"{sys.argv[1]}/{case}", os.O_WRONLY | os.O_CREAT), 2)
+        def main():
+            if case == "mistake":
+                raise eval.InputError("a\\nfile")
+            print("ключ\\n" * 5000)
+        eval.command(main)
+        sys.exit()
+    print(case, os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_programs_end_without_a_traceback(tmp_path):
+    """A full output, a closed one, a console that is not UTF-8, a user's mistake."""
+    reader, closed = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full, open(tmp_path / "out", "w") as out:
+        outputs = [full.fileno(), closed, out.fileno(), out.fileno()]
+        ended = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path), *map(str, outputs)], cwd=ROOT, text=True,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"}, pass_fds=outputs, capture_output=True)
+    os.close(closed)
+    assert ended.stdout == "full 2\nclosed 2\nascii 0\nmistake 2\n"
+    assert (tmp_path / "out").read_text().startswith("\\u043a\\u043b\\u044e\\u0447\n")
+    errors = {name: (tmp_path / name).read_text() for name in ("full", "closed", "ascii", "mistake")}
+    assert errors == {"full": "error: [Errno 28] No space left on device\n", "closed": "",
+                      "ascii": "", "mistake": "error: a file\n"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and it can be used")
+def test_device_says_why_it_is_the_cpu(tmp_path, monkeypatch):
+    assert evaluation.accelerator() == CPU
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert evaluation.describe(CPU) == "cpu"
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("")
+    driver.chmod(0o755)
+    assert evaluation.describe(CPU).startswith("cpu (CUDA is there but cannot be used: ")

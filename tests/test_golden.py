@@ -1,10 +1,9 @@
-"""Numbers of the reference implementations, reproduced: every file of the folder GOLDEN_DIR (default tests/golden).
+"""Numbers of the reference implementations, reproduced: every file of the folder GOLDEN_DIR.
 
-A file's kind is the end of its name, its sizes are its content: files of other sizes and
-seeds run through the same tests unchanged.
+Default: tests/golden. A file's kind is the end of its name, its sizes are its content: files of
+other sizes and seeds run through the same tests unchanged.
 """
 
-import json
 import re
 from types import SimpleNamespace
 
@@ -13,23 +12,27 @@ import pytest
 import torch
 from conftest import GOLDEN
 from PIL import Image
+from torch.nn.functional import pad
 
 import cclm
 import data
 import eval as evaluation
 import train
 import uc2
-from cclm import AnswerTrie, best_answers
-from model import copy_tensors, file_tensors, key_mask, select
+from cclm import AnswerTrie, best_answers, rank_answers
+from model import file_tensors, key_mask, select
+from tools import uc2_original
 from vit import IMAGE_STD, geometric_offsets, normalize, resize_position_table
+
+NO_LIMITS = SimpleNamespace(clean="", train_words=None, test_words=None, train_tokens=None,
+                            test_tokens=None)
 
 
 def files(ending, but=()):
-    """Every golden file of one kind, as pytest parameters; `but`: longer endings that are another kind."""
-    found = [path for path in sorted(GOLDEN.glob(f"*{ending}")) if not path.name.endswith(tuple(but))]
-    return pytest.mark.parametrize("path",
-                                   found or [pytest.param(None, marks=pytest.mark.skip(f"no *{ending} in {GOLDEN}"))],
-                                   ids=[path.stem for path in found] or ["none"])
+    """Every golden file of one kind, as pytest parameters; but: longer endings of another kind."""
+    found = [p for p in sorted(GOLDEN.glob(f"*{ending}")) if not p.name.endswith(tuple(but))]
+    missing = pytest.param(None, marks=pytest.mark.skip(f"no *{ending} in {GOLDEN}"))
+    return pytest.mark.parametrize("path", found or [missing], ids=lambda path: path and path.stem)
 
 
 def load(path):
@@ -39,7 +42,7 @@ def load(path):
 def assert_close(actual, expected, tolerance=1e-5):
     """Largest error relative to the largest expected value."""
     assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-12)
+    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
@@ -49,104 +52,105 @@ def assert_gradients(model, norms, tolerance=1e-4):
     Key biases have no gradient but rounding noise: skipped.
     """
     ours = {theirs: name for name, theirs in model.checkpoint_names().items()}
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     largest = max(float(norm) for norm in norms.values())
     compared = 0
     for theirs, norm in norms.items():
-        if theirs not in ours or theirs.endswith("key.bias"):
-            continue
-        gradient = gradients[ours[theirs]]
-        if norm < 0:
-            assert gradient is None, theirs
-            continue
-        difference = f"{theirs}: {gradient.norm():.6g}, reference {norm:.6g}"
-        assert abs(gradient.norm() - norm) <= tolerance * max(float(norm), 1e-4 * largest), difference
-        compared += 1
+        if theirs in ours and not theirs.endswith("key.bias"):
+            gradient = model.get_parameter(ours[theirs]).grad
+            assert (gradient is None) == (norm < 0), theirs
+            if gradient is not None:
+                bound = tolerance * max(float(norm), 1e-4 * largest)
+                assert abs(gradient.norm() - norm) <= bound, theirs
+                compared += 1
     assert compared > 0.8 * len(norms)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def fill(model, tensors):
+    """Put some official tensors into a model."""
+    for ours, theirs in model.checkpoint_names().items():
+        if theirs in tensors:
+            model.get_parameter(ours).data.copy_(tensors[theirs])
+
+
+def encoded(model, batch):
+    """The arguments of `fuse`, `predict` and the like."""
+    mask = batch["attention_mask"]
+    return model.encode_texts(batch["input_ids"], mask), mask, model.memory(batch)
+
+
+def assert_stored(model, tensors):
+    """What the model would save is what it was loaded from, to the last name and bit."""
+    stored = file_tensors(model)
+    assert stored.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(stored[name], tensor), name
+
+
+# --------------------------------------------------------------------------------------------------
 # CCLM
 
 
 def file_config(golden):
-    config = golden["config"]
-    return {"text_heads": config["text_heads"], "cross_heads": config["cross_heads"],
-            "decoder_positions": config["bert_max_pos"]}
+    return golden["config"] | {"decoder_positions": golden["config"]["bert_max_pos"]}
 
 
 def cclm_pretrained(golden, task, resolution):
-    model = cclm.from_pretrained(golden["state_dict"], file_config(golden), task,
-                                 golden["config"][resolution], "golden")
-    return model.eval()
+    return cclm.from_pretrained(golden["state_dict"], file_config(golden), task, "golden",
+                                image_size=golden["config"][resolution]).eval()
 
 
 @files("_core.pt")
 def test_cclm_core(path):
     golden = load(path)
     model = cclm_pretrained(golden, "pretraining", "res_pretrain")
+    vision, text, cross = golden["vision"], golden["text"], golden["cross"]
 
-    images = golden["vision"]["image"]
     hidden = []
-    hooks = [block.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
-             for block in model.vision.blocks]
-    assert_close(model.encode_images({"images": images}), golden["vision"]["last_hidden_state"])
-    for hook in hooks:
-        hook.remove()
-    for i, state in enumerate(hidden):
-        assert_close(state, golden["vision"]["hidden_states"][i])
+    for block in model.vision.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    assert_close(model.encode_images({"images": vision["image"]}), vision["last_hidden_state"])
+    for i, block in enumerate(model.vision.blocks):
+        assert_close(hidden[i], vision["hidden_states"][i])
 
-    text = golden["text"]
     state, mask = model.text_embeddings(text["input_ids"]), key_mask(text["attention_mask"])
     for i, layer in enumerate(model.text_layers):
         assert_close(state, text["hidden_states"][i])
         state = layer(state, mask)
-    assert_close(model.encode_texts(text["input_ids"], text["attention_mask"]), text["last_hidden_state"])
+    assert_close(model.encode_texts(text["input_ids"], text["attention_mask"]), state)
+    assert_close(state, text["last_hidden_state"])
 
-    cross = golden["cross"]
     image_states = model.encode_images({"images": cross["image"]})
     assert_close(image_states, cross["image_embeds"])
     memory = model.image_memory(image_states)
-    state, mask = cross["text_embeds"], key_mask(cross["text_atts"])
-    partial = state
+    texts, mask = cross["text_embeds"], cross["text_atts"]
+    state = partial = texts
+    some = key_mask(cross["image_atts_partial"])
     for i, (layer, keys_values) in enumerate(zip(model.cross_layers, memory)):
         assert_close(state, cross["hidden_states"][i])
-        state = layer(state, mask, memory_kv=keys_values)
-        partial = layer(partial, mask, memory_kv=keys_values, memory_mask=key_mask(cross["image_atts_partial"]))
-    assert_close(state, cross["last_hidden_state"])
+        state = layer(state, key_mask(mask), keys_values)
+        partial = layer(partial, key_mask(mask), keys_values, some)
     assert_close(partial, cross["last_hidden_state_partial_image_mask"])
-    fused = model.fuse(cross["text_embeds"], cross["text_atts"], memory)
+    fused = model.fuse(texts, mask, memory)
     assert_close(fused, cross["last_hidden_state"])
-    assert_close(model.fuse(cross["text_embeds"], cross["text_atts"], memory, first_token=True), fused[:, :1])
+    assert_close(model.fuse(texts, mask, memory, first_token=True), fused[:, :1])
 
     assert_close(model.image_features(image_states), golden["itc"]["image_feat"])
-    assert_close(model.text_features(cross["text_embeds"]), golden["itc"]["text_feat"])
-    to_images, to_texts = model.contrast(image_states, cross["text_embeds"])
+    assert_close(model.text_features(texts), golden["itc"]["text_feat"])
+    to_images, to_texts = model.contrast(image_states, texts)
     assert_close(to_texts, golden["itc"]["sim_i2t"])
     assert_close(to_images, golden["itc"]["sim_i2t"].T)
-    assert_close(model.match_logits(cross["text_embeds"], cross["text_atts"], memory), golden["itm"]["logits"])
+    assert_close(model.match_logits(texts, mask, memory), golden["itm"]["logits"])
     assert_close(model.mlm_head(fused), golden["mlm"]["logits"])
     assert_close(model.bbox_head(fused[:, 0]).sigmoid(), golden["bbox"]["coord"])
+    assert_stored(model, golden["state_dict"])
 
-
-@files("_core.pt")
-def test_cclm_at_another_resolution(path):
-    golden = load(path)
+    # fine-tuning's resolution
     model, hires = cclm_pretrained(golden, "pretraining", "res_finetune"), golden["vision_hires"]
     for i, block in enumerate(model.vision.blocks):
-        assert_close(block.attn.relative_position_bias_table, hires["relative_position_bias_tables"][i])
+        table = block.attn.relative_position_bias_table
+        assert_close(table, hires["relative_position_bias_tables"][i])
     assert torch.equal(model.vision.position_index, hires["relative_position_index"])
     assert_close(model.encode_images({"images": hires["image"]}), hires["last_hidden_state"])
-
-
-@files("_core.pt")
-def test_cclm_names_round_trip(path):
-    golden = load(path)
-    model = cclm_pretrained(golden, "pretraining", "res_pretrain")
-    stored = file_tensors(model)
-    assert stored.keys() == golden["state_dict"].keys()
-    for name, tensor in golden["state_dict"].items():
-        assert torch.equal(stored[name], tensor), name
 
 
 @files("_retrieval.pt", but=("_volta_retrieval.pt", "_train_retrieval.pt"))
@@ -157,123 +161,120 @@ def test_cclm_retrieval(path):
     image_states = model.encode_images({"images": inputs["image"]})
     text_states = model.encode_texts(inputs["input_ids"], mask)
     to_images, to_texts = model.contrast(image_states, text_states)
-    for key, image_ids in (("with_idx", inputs["idx"]), ("no_idx", torch.arange(len(mask)))):
+    for key, image_ids in (("no_idx", torch.arange(len(mask))), ("with_idx", inputs["idx"])):
         reference = golden[key]
-        same_image = image_ids[:, None] == image_ids[None, :]
+        same_image = image_ids[:, None] == image_ids
         assert_close(cclm.contrastive_loss(to_images, to_texts, same_image), reference["loss_itc"])
-        assert_close(cclm.negative_weights(to_images, same_image), reference["weights_t2i"])
-        assert_close(cclm.negative_weights(to_texts, same_image), reference["weights_i2t"])
+        for logits, weights in ((to_images, "weights_t2i"), (to_texts, "weights_i2t")):
+            assert_close(cclm.negative_weights(logits, same_image), reference[weights])
         itm = model.matching_loss(image_states, text_states, mask, reference["image_neg_idx"],
                                   reference["text_neg_idx"])
         assert_close(itm, reference["loss_itm"])
-        if key == "with_idx":  # the training loss itself, with uniform draws that pick the reference's negatives
-            batch = {"images": inputs["image"], "input_ids": inputs["input_ids"], "attention_mask": mask,
-                     "image_ids": image_ids,
-                     "uniform": torch.stack([uniform_for(reference["weights_t2i"], reference["image_neg_idx"]),
-                                             uniform_for(reference["weights_i2t"], reference["text_neg_idx"])], 1)}
-            loss = model(batch)
-            assert_close(loss, reference["loss_itc"] + reference["loss_itm"])
-            loss.backward()
-            assert_gradients(model, reference["grad_norms_of_itc_plus_itm"])
+
+    # the training loss itself, with uniform draws that pick the reference's negatives
+    draws = [uniform_for(reference["weights_t2i"], reference["image_neg_idx"]),
+             uniform_for(reference["weights_i2t"], reference["text_neg_idx"])]
+    batch = inputs | {"images": inputs["image"], "image_ids": inputs["idx"],
+                      "uniform": torch.stack(draws, 1)}
+    loss = model(batch)
+    assert_close(loss, reference["loss_itc"] + reference["loss_itm"])
+    loss.backward()
+    assert_gradients(model, reference["grad_norms_of_itc_plus_itm"])
+
     clamped = golden["temp_clamped"]
     model.temp.data.copy_(clamped["temp_before"])
     model(batch)
     assert_close(model.temp, clamped["temp_after"])
-    same_image = inputs["idx"][:, None] == inputs["idx"][None, :]
-    assert_close(cclm.contrastive_loss(*model.contrast(image_states, text_states), same_image), clamped["loss_itc"])
+    to_images, to_texts = model.contrast(image_states, text_states)
+    assert_close(cclm.contrastive_loss(to_images, to_texts, same_image), clamped["loss_itc"])
 
 
 def uniform_for(weights, index):
     """A draw in [0,1) that makes `cclm.draw` pick column `index` of each row."""
-    cumulative = weights.double().cumsum(1)
-    upper = cumulative.gather(1, index[:, None])
-    return ((upper - weights.double().gather(1, index[:, None]) / 2) / cumulative[:, -1:])[:, 0]
+    cumulative, index = weights.double().cumsum(1), index[:, None]
+    middle = cumulative.gather(1, index) - weights.double().gather(1, index) / 2
+    return (middle / cumulative[:, -1:])[:, 0]
 
 
 @files("_classification.pt")
 def test_cclm_classification(path):
     golden = load(path)
-    model, inputs = cclm_pretrained(golden, "xvnli", "res_finetune"), golden["inputs"]
+    model, batch = cclm_pretrained(golden, "xvnli", "res_finetune"), label_batch(golden)
     fill(model, golden["extra_state_dict"])
-    batch = {"images": inputs["image"], "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"],
-             "labels": inputs["labels"]}
-    memory = model.memory(batch)
-    logits = model.label_logits(model.encode_texts(batch["input_ids"], batch["attention_mask"]),
-                                batch["attention_mask"], memory)
-    assert_close(logits, golden["outputs"]["logits"])
+    outputs = golden["outputs"]
+    assert_close(model.label_logits(*encoded(model, batch)), outputs["logits"])
     loss = model(batch)
-    assert_close(loss, golden["outputs"]["loss"])
+    assert_close(loss, outputs["loss"])
     loss.backward()
-    assert_gradients(model, golden["outputs"]["grad_norms"])
+    assert_gradients(model, outputs["grad_norms"])
 
 
-def fill(model, tensors):
-    """Put some official tensors into a model."""
-    names = {ours: theirs for ours, theirs in model.checkpoint_names().items() if theirs in tensors}
-    copy_tensors(model, tensors, names)
+def label_batch(golden):
+    return golden["inputs"] | {"images": golden["inputs"]["image"]}
 
 
 @files("_vqa.pt")
 def test_cclm_generation(path):
     golden = load(path)
-    loaded = cclm_pretrained(golden, "xgqa", "res_finetune")
-    after_load = golden["vqa_state_dict_after_load"]
-    fresh = set(golden["decoder_keys_not_in_checkpoint"].split("\n"))
-    stored = file_tensors(loaded)
-    assert {name for name in stored if not name.endswith("relative_position_index")} == after_load.keys()
-    for name, tensor in after_load.items():  # what the official loading procedure puts where
-        if name not in fresh:
-            assert_close(stored[name], tensor, 1e-6)
+    after_load, reference = golden["vqa_state_dict_after_load"], golden["train"]
+    # what the official loading procedure puts where
+    stored = file_tensors(cclm_pretrained(golden, "xgqa", "res_finetune"))
+    names = {name for name in stored if not name.endswith("relative_position_index")}
+    assert names == after_load.keys()
+    for name in names - set(golden["decoder_keys_not_in_checkpoint"].split("\n")):
+        assert_close(stored[name], after_load[name], 1e-6)
 
     model = cclm.from_finetuned(after_load, file_config(golden), "xgqa", "golden").eval()
-    train = golden["train"]
-    question_states = model.fuse(model.encode_texts(train["question_ids"], train["question_mask"]),
-                                 train["question_mask"],
-                                 model.memory({"images": train["image"]}))
-    assert_close(question_states, train["question_states"])
-    decoder, mask = model.decoder, train["question_mask"]
-    answer_question = torch.arange(len(train["k"])).repeat_interleave(train["k"])
-    hidden = decoder.embeddings(train["answer_ids"])
-    assert_close(hidden, train["decoder_hidden_states"][0])
-    memory = select(decoder.memory(question_states), answer_question)
-    hidden = decoder.decode(train["answer_ids"], memory, mask[answer_question])
-    assert_close(hidden, train["decoder_hidden_states"][len(decoder.layers)])
-    assert_close(decoder.logits(hidden), train["decoder_logits"])
-    assert_close(decoder.answer_losses(question_states, mask, train["answer_ids"], answer_question),
-                 train["answer_losses"])
-    batch = {"images": train["image"], "input_ids": train["question_ids"], "attention_mask": mask,
-             "answer_ids": train["answer_ids"],
-             "answer_question": answer_question, "answer_weight": train["weights"]}
-    loss = model(batch)
-    assert_close(loss, train["loss"])
+    decoder, mask = model.decoder, reference["question_mask"]
+    text_states = model.encode_texts(reference["question_ids"], mask)
+    states = model.fuse(text_states, mask, model.memory({"images": reference["image"]}))
+    assert_close(states, reference["question_states"])
+    answer_ids = reference["answer_ids"]
+    answer_question = torch.arange(len(reference["k"])).repeat_interleave(reference["k"])
+    positions = torch.arange(answer_ids.shape[1]).expand_as(answer_ids)
+    hidden = reference["decoder_hidden_states"]
+    assert_close(decoder.embeddings(answer_ids, positions), hidden[0])
+    memory = select(decoder.memory(states), answer_question)
+    decoded = decoder.decode(answer_ids, memory, mask[answer_question])
+    assert_close(decoded, hidden[len(decoder.layers)])
+    assert_close(decoder.logits(decoded), reference["decoder_logits"])
+    losses = decoder.answer_losses(states, mask, answer_ids, answer_question)
+    assert_close(losses, reference["answer_losses"])
+    loss = model({"images": reference["image"], "input_ids": reference["question_ids"],
+                  "attention_mask": mask, "answer_ids": answer_ids,
+                  "answer_question": answer_question, "answer_weight": reference["weights"]})
+    assert_close(loss, reference["loss"])
     loss.backward()
-    assert_gradients(model, train["grad_norms"])
+    assert_gradients(model, reference["grad_norms"])
 
     rank = golden["rank"]
-    for reference in (rank["k_cut"], rank["k_all"]):
-        top, probabilities = decoder.rank_answers(question_states, mask, rank["candidate_ids"], reference["k"])
-        assert torch.equal(top, reference["topk_ids"])
-        assert_close(probabilities, reference["topk_probs"])
+    candidates, questions = rank["candidate_ids"], len(states)
+    for expected in (rank["k_cut"], rank["k_all"]):
+        top, probabilities = rank_answers(decoder, states, mask, candidates, expected["k"])
+        assert torch.equal(top, expected["topk_ids"])
+        assert_close(probabilities, expected["topk_probs"])
     # the exact argmax through the trie equals brute force over all candidates
-    candidates, questions = rank["candidate_ids"], len(question_states)
     rows = torch.arange(questions).repeat_interleave(len(candidates))
-    everything = -decoder.answer_losses(question_states, mask, candidates.repeat(questions, 1),
-                                        rows).view(questions, -1)
-    trie = AnswerTrie([[t for t in ids[1:].tolist() if t not in (cclm.EOS, cclm.PAD)] for ids in candidates], "cpu")
-    labels, scores = best_answers(decoder, question_states, mask, trie)
-    assert_close(scores, everything.max(1).values)
-    assert torch.equal(labels, everything.argmax(1))
+    losses = decoder.answer_losses(states, mask, candidates.repeat(questions, 1), rows)
+    best, argmin = losses.view(questions, -1).min(1)
+    answers = []
+    for ids in candidates:
+        answers.append([token for token in ids[1:].tolist() if token not in (cclm.EOS, cclm.PAD)])
+    labels, scores = best_answers(decoder, states, mask, AnswerTrie(answers, "cpu"))
+    assert_close(-scores, best)
+    assert torch.equal(labels, argmin)
 
 
 @files("_preproc.pt")
 def test_relative_position_tables(path):
     for example in load(path)["relpos_interpolation"].values():
-        assert_close(resize_position_table(example["table_in"], len(example["table_out"])), example["table_out"], 1e-6)
-        sides = (round((len(example[key]) - 3) ** 0.5) for key in ("table_in", "table_out"))
-        assert_close(geometric_offsets(*sides), example["source_positions"], 1e-12)
+        before, after = example["table_in"], example["table_out"]
+        assert_close(resize_position_table(before, len(after)), after, 1e-6)
+        old, new = (round((len(table) - 3) ** 0.5) for table in (before, after))
+        assert_close(geometric_offsets(old, new), example["source_positions"], 1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # UC2
 
 UC2_TASKS = {"gqa": "xgqa", "xvnli": "xvnli", "retrieval": "xflickrco"}
@@ -285,68 +286,44 @@ def uc2_config(golden):
 
 def uc2_batch(inputs):
     """The reference's inputs under our names; items of four pairs [B,4,...] become 4B pairs."""
-    return {"features": inputs["features"].flatten(0, -3), "locations": inputs["locations"].flatten(0, -3),
-            "region_mask": inputs["image_mask"].flatten(0, -2), "input_ids": inputs["input_ids"].flatten(0, -2),
-            "attention_mask": inputs["input_mask"].flatten(0, -2), "targets": inputs.get("targets")}
-
-
-def with_region_head(tensors, width):
-    """The converted file without the reference's region head, which the conversion leaves
-    at random values: any values will do.
-    """
-    part = "cls.imagePredictions."
-    shapes = {"transform.dense.weight": (width, width), "transform.dense.bias": (width,),
-              "transform.LayerNorm.weight": (width,),
-              "transform.LayerNorm.bias": (width,), "decoder_dict.0.weight": (5, width), "decoder_dict.0.bias": (5,)}
-    return tensors | {part + name: torch.zeros(shape) for name, shape in shapes.items()}
+    batch = {name: inputs[name].flatten(0, -3) for name in ("features", "locations")}
+    for ours, theirs in (("region_mask", "image_mask"), ("input_ids", "input_ids"),
+                         ("attention_mask", "input_mask")):
+        batch[ours] = inputs[theirs].flatten(0, -2)
+    return batch | {"targets": inputs.get("targets")}
 
 
 def run_uc2(model, batch):
-    """-> states of [text ; regions] before the first layer and after every layer, after
-    every self-attention block, and pooled.
-    """
-    hidden, attended = [], []
-    hooks = [model.layers[0].register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))]
+    """-> states of [text ; regions] before the first and after every layer, and pooled."""
+    hidden, hooks = [], []
     for layer in model.layers:
-        hooks.append(layer.register_forward_hook(lambda *call: hidden.append(call[2])))
-        hooks.append(layer.self_norm.register_forward_hook(lambda *call: attended.append(call[2])))
-    memory = model.memory(batch)
-    text_states = model.encode_texts(batch["input_ids"], batch["attention_mask"])
-    fused = model.fuse(text_states, batch["attention_mask"], memory)
+        hooks.append(layer.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0])))
+    inputs = encoded(model, batch)
+    hidden.append(model.fuse(*inputs))
     for hook in hooks:
         hook.remove()
-    first = model.fuse(text_states, batch["attention_mask"], memory, first_token=True)
-    assert_close(first, fused[:, :1], 1e-6)
-    return hidden, attended, model.pooled(first)
+    first = model.fuse(*inputs, first_token=True)
+    assert_close(first, hidden[-1][:, :1], 1e-6)
+    return hidden, model.pooled(first)
 
 
 def assert_states(model, batch, outputs):
-    hidden, attended, pooled = run_uc2(model, batch)
+    hidden, pooled = run_uc2(model, batch)
     assert len(hidden) == len(outputs["hidden_text"])
-    for i, state in enumerate(hidden):
-        assert_close(state, torch.cat([outputs["hidden_text"][i], outputs["hidden_image"][i]], 1))
-    for i, state in enumerate(attended if "attn_text" in outputs else []):
-        assert_close(state, torch.cat([outputs["attn_text"][i], outputs["attn_image"][i]], 1))
+    for state, text, image in zip(hidden, outputs["hidden_text"], outputs["hidden_image"]):
+        assert_close(state, torch.cat([text, image], 1))
     assert_close(pooled, outputs["pooled"])
     return hidden[-1]
-
-
-def assert_stored(model, tensors):
-    """What the model would save is what it was loaded from, to the last name and bit."""
-    stored = file_tensors(model)
-    assert stored.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(stored[name], tensor), name
 
 
 @files("_volta_*.pt", but=("_volta_pretrained.pt",))
 def test_uc2_task(path):
     golden = load(path)
-    task, outputs, batch = UC2_TASKS[golden["meta"]["task"]], golden["outputs"], uc2_batch(golden["inputs"])
+    outputs, batch = golden["outputs"], uc2_batch(golden["inputs"])
+    task = UC2_TASKS[golden["meta"]["task"]]
     model = uc2.from_finetuned(golden["state_dict"], uc2_config(golden), task, "golden").eval()
     assert_states(model, batch, outputs)
-    inputs = model.encode_texts(batch["input_ids"],
-                                batch["attention_mask"]), batch["attention_mask"], model.memory(batch)
+    inputs = encoded(model, batch)
     if task == "xflickrco":
         assert_close(model.match_scores(*inputs), outputs["logits"][:, 0])
     else:
@@ -363,190 +340,162 @@ def test_uc2_task(path):
 @files("_volta_pretrained.pt")
 def test_uc2_pretrained(path):
     golden = load(path)
-    batch, outputs = uc2_batch(golden["inputs"]), golden["outputs"]
-    model = uc2.from_pretrained(golden["state_dict"], uc2_config(golden), "pretraining", "golden").eval()
+    batch, outputs, tensors = uc2_batch(golden["inputs"]), golden["outputs"], golden["state_dict"]
+    model = uc2.from_pretrained(tensors, uc2_config(golden), "pretraining", "golden").eval()
     assert model.variant == "volta"
     hidden = assert_states(model, batch, outputs)
     assert_close(model.itm_logits(hidden), outputs["itm_logits"])
-    assert_close(model.mlm_logits(hidden[:, : batch["input_ids"].shape[1]]), outputs["mlm_scores"])
-    assert_stored(model, golden["state_dict"])
+    texts = hidden[:, : batch["input_ids"].shape[1]]
+    assert_close(model.mlm_logits(texts), outputs["mlm_scores"])
+    assert_stored(model, tensors)
 
 
 @files("_original.pt")
 def test_uc2_original(path):
+    """The file of UC2's authors through tools/uc2_original.py."""
     golden = load(path)
     inputs, outputs = golden["inputs"], golden["outputs"]
-    model = uc2.from_pretrained(golden["state_dict"], uc2_config(golden), "pretraining", "golden").eval()
+    content, unused = uc2_original.convert(golden["state_dict"], uc2_config(golden), "golden")
+    assert {name.split(".")[0] for name in unused} == {"cls", "vis_cls", "feat_regress", "roberta"}
+    tensors, config = content["model"], content["config"]
+    model = uc2.from_pretrained(tensors, config, "pretraining", "converted").eval()
     assert model.variant == "original"
-    text_mask = (torch.arange(inputs["input_ids"].shape[1]) < inputs["txt_lens"][:, None]).long()
-    region_mask = (torch.arange(inputs["img_feat"].shape[1]) < inputs["num_bbs"][:, None]).long()
-    batch = {"features": inputs["img_feat"], "locations": inputs["img_pos_feat"], "region_mask": region_mask,
-             "input_ids": inputs["input_ids"], "attention_mask": text_mask}
-    hidden, _, pooled = run_uc2(model, batch)
-    real = torch.cat([text_mask, region_mask], 1).bool()  # the reference moves each row's real positions to its front
+    text_mask = torch.arange(inputs["input_ids"].shape[1]) < inputs["txt_lens"][:, None]
+    region_mask = torch.arange(inputs["img_feat"].shape[1]) < inputs["num_bbs"][:, None]
+    batch = {"features": inputs["img_feat"], "locations": inputs["img_pos_feat"],
+             "region_mask": region_mask.long(), "input_ids": inputs["input_ids"],
+             "attention_mask": text_mask.long()}
+    hidden, pooled = run_uc2(model, batch)
+    # the reference moves each row's real positions to its front
+    real, theirs = torch.cat([text_mask, region_mask], 1), inputs["attn_masks"].bool()
     for i, state in enumerate(hidden):
-        assert_close(state[real], outputs["hidden"][i][inputs["attn_masks"].bool()])
-    assert_close(model.mlm_logits(hidden[-1][real]), outputs["mlm_scores"][inputs["attn_masks"].bool()])
+        assert_close(state[real], outputs["hidden"][i][theirs])
+    assert_close(model.mlm_logits(hidden[-1][real]), outputs["mlm_scores"][theirs])
     assert_close(pooled, outputs["pooled"])
     assert_close(model.itm_logits(hidden[-1]), outputs["itm_logits"])
-    assert_stored(model, golden["state_dict"])
+    assert_stored(model, tensors)
 
     # fine-tuned from this file: the same states, and after saving and loading the same again
-    tuned = uc2.from_pretrained(golden["state_dict"], uc2_config(golden), "xvnli", "golden").eval()
+    tuned = uc2.from_pretrained(tensors, config, "xvnli", "converted").eval()
     again = uc2.from_finetuned(file_tensors(tuned), tuned.config(), "xvnli", "saved").eval()
     for model in (tuned, again):
-        assert model.variant == "original"
-        assert_close(run_uc2(model, batch)[0][-1][real], outputs["hidden"][-1][inputs["attn_masks"].bool()])
+        assert_close(run_uc2(model, batch)[0][-1][real], outputs["hidden"][-1][theirs])
 
 
 @files("_convert.pt")
 def test_uc2_conversion(path):
+    """IGLUE's conversion mixes up two LayerNorms, ours does not; they agree in all else."""
     golden = load(path)
-    converted = with_region_head(golden["converted_state_dict"], golden["config"]["hidden_size"])
-    faithful = uc2.from_pretrained(converted, uc2_config(golden), "pretraining", "converted").eval()
-    corrected = uc2.from_pretrained(golden["original_state_dict"], uc2_config(golden), "pretraining", "original").eval()
-    assert (faithful.variant, corrected.variant) == ("volta", "original")
-    batch = uc2_batch(golden["inputs"])
-    assert_states(faithful, batch, golden["outputs"])
+    config, width = uc2_config(golden), golden["config"]["hidden_size"]
+    # the reference's region head, which its conversion leaves random: any values will do
+    part, theirs = "cls.imagePredictions.", dict(golden["converted_state_dict"])
+    for name, shape in {"transform.dense.weight": (width, width), "transform.dense.bias": width,
+                        "transform.LayerNorm.weight": width, "transform.LayerNorm.bias": width,
+                        "decoder_dict.0.weight": (5, width), "decoder_dict.0.bias": 5}.items():
+        theirs[part + name] = torch.zeros(shape)
+    faithful = uc2.from_pretrained(theirs, config, "pretraining", "converted").eval()
+    assert_states(faithful, uc2_batch(golden["inputs"]), golden["outputs"])
 
-    # the two differ in the LayerNorms that the conversion mixed up, and in nothing else that both files hold
-    theirs = dict(faithful.named_parameters())
-    shared = {name: parameter for name, parameter in corrected.named_parameters() if name in theirs
-              and not name.startswith("region_classes.")}
-    different = {name for name, parameter in shared.items() if not torch.equal(parameter, theirs[name])}
-    assert different == {f"{part}.norm.{kind}" for part in ("text_embeddings", "region_embeddings")
+    content, _ = uc2_original.convert(golden["original_state_dict"], config, "original")
+    ours = content["model"]
+    assert ours.keys() == theirs.keys()
+    different = {name for name in ours
+                 if not name.startswith(part) and not torch.equal(ours[name], theirs[name])}
+    assert different == {f"bert.embeddings.{norm}.{kind}" for norm in ("LayerNorm", "v_LayerNorm")
                          for kind in ("weight", "bias")}
-    assert torch.equal(faithful.text_embeddings.norm.weight, corrected.region_embeddings.norm.weight)
-    assert uc2.image_norm_is_identity(converted) and not uc2.image_norm_is_identity(golden["original_state_dict"])
-    assert (run_uc2(faithful, batch)[0][0] - run_uc2(corrected, batch)[0][0]).abs().max() > 1e-2
+    image_norm = ours["bert.embeddings.v_LayerNorm.weight"]
+    assert torch.equal(theirs["bert.embeddings.LayerNorm.weight"], image_norm)
+    assert uc2.image_norm_is_identity(theirs) and not uc2.image_norm_is_identity(ours)
 
 
-@files("_retrieval_eval.pt")
-def test_uc2_retrieval_scores(path):
-    golden = load(path)
-    inputs, scores = golden["inputs"], golden["outputs"]["score_matrix_caption_by_image"]
-    model = uc2.from_finetuned(golden["state_dict"], uc2_config(golden), "xflickrco", "golden").eval()
-    features = inputs["features_first12"]
-    features = torch.nn.functional.pad(features, (0, golden["config"]["v_feature_size"] - features.shape[-1]))
-    memory = model.memory({"features": features, "locations": inputs["locations"], "region_mask": inputs["image_mask"]})
-    texts, mask = model.encode_texts(inputs["input_ids"], inputs["input_mask"]), inputs["input_mask"]
-    # one image that all captions share
-    columns = [model.match_scores(texts, mask, select(memory, slice(i, i + 1))) for i in range(scores.shape[1])]
-    assert_close(torch.stack(columns, 1), scores)
-    pairs = torch.cartesian_prod(torch.arange(len(scores)), torch.arange(scores.shape[1]))  # or any pairs
-    every = model.match_scores(texts[pairs[:, 0]], mask[pairs[:, 0]], select(memory, pairs[:, 1]))
-    assert_close(every.view_as(scores), scores)
+# --------------------------------------------------------------------------------------------------
+# Optimizer traces: the references' training loops, step by step, with train.py's parameter groups,
+# rates and optimizer
 
-
-@files("_train_*.pt")
-def test_uc2_first_losses_and_weight_decay(path):
-    golden = load(path)
-    task, initial = UC2_TASKS[golden["meta"]["task"]], golden["initial_state_dict"]
-    model = uc2.UC2(uc2.read_sizes(initial, uc2_config(golden), "golden"), task).eval()
-    copy_tensors(model, initial)
-    assert set(model.checkpoint_names().values()) == initial.keys() == golden["no_weight_decay"].keys()
-    for ours, theirs in model.checkpoint_names().items():
-        assert model.decays(ours) != golden["no_weight_decay"][theirs], theirs
-    for i in range(2 * golden["train"]["gradient_accumulation_steps"]):  # the first update has learning rate 0
-        assert_close(model(uc2_batch(golden["micro_batches"][i])), golden["outputs"]["micro_losses"][i])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer traces: the references' training loops, step by step, with train.py's parameter groups, rates and optimizer
+PLAIN = SimpleNamespace(freeze=(), lr_decay=None, only=None, embedding_lr=None)
 
 
 @files("_classification.pt")
 def test_cclm_training_trace(path):
     golden = load(path)
-    model, inputs, trace = cclm_pretrained(golden, "xvnli", "res_finetune"), golden["inputs"], golden["train"]
+    model, trace = cclm_pretrained(golden, "xvnli", "res_finetune"), golden["train"]
     fill(model, golden["extra_state_dict"])
     total, warmup = map(int, re.search(r"T=(\d+), W=(\d+)", trace["sched"]).groups())
-    part, names = train.part_of(model), model.checkpoint_names()
-    second, group = trace["lrs_per_step_per_group"][1], trace["param_group_index"]
-    rates = {part[name]: second[group[names[name]]].item() / train.lr_factor(1, total, warmup) for name in part}
-    decay = trace["group_weight_decay"]
-    for name, theirs in names.items():
-        assert model.decays(name) == (decay[trace["param_group_index"][theirs]] > 0), theirs
-    recipe = train.Recipe(epochs=1, batch_size=1, lr=1.0)
-    optimizer = train.make_optimizer(train.parameter_groups(model, part, rates, decay.max().item()), recipe)
-    batch = {"images": inputs["image"], "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"],
-             "labels": inputs["labels"]}
-    owner = {id(parameter): name for name, parameter in model.named_parameters()}
+    recipe = train.Recipe(epochs=1, batch_size=1, lr=1.0, warmup=warmup / total,
+                          weight_decay=trace["group_weight_decay"].max().item())
+    optimizer = train.make_optimizer(model, PLAIN, recipe, 1)
+    # the reference's groups of our parameters: their rates, and whether weights decay
+    names = {id(model.get_parameter(ours)): theirs
+             for ours, theirs in model.checkpoint_names().items()}
+    rates, decay = trace["lrs_per_step_per_group"], trace["group_weight_decay"]
+    for ours in optimizer.param_groups:
+        [group] = {trace["param_group_index"][names[id(p)]] for p in ours["params"]}
+        assert (ours["weight_decay"] > 0) == (decay[group] > 0)
+        ours["peak_lr"] = rates[1, group].item() / train.lr_factor(1, total, recipe.warmup)
+        ours["reference"] = group
     losses = []
-    for step, lrs in enumerate(trace["lrs_per_step_per_group"]):
-        train.set_rates(optimizer, train.lr_factor(step, total, warmup), recipe)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                assert group["lr"] == pytest.approx(
-                    lrs[trace["param_group_index"][names[owner[id(parameter)]]]].item(), abs=1e-12)
-        loss = model(batch)
+    for step in range(len(rates)):
+        train.set_rates(optimizer, train.lr_factor(step, total, recipe.warmup), recipe)
+        for ours in optimizer.param_groups:
+            assert ours["lr"] == pytest.approx(rates[step, ours["reference"]].item(), abs=1e-12)
+        loss = model(label_batch(golden))
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    losses.append(model(batch).item())
-    # torch's AdamW decays weights before the update, the reference after it: facts, section 14
+    losses.append(model(label_batch(golden)).item())
+    # torch's AdamW decays weights before the update, the reference after it
     assert torch.allclose(torch.tensor(losses), trace["losses"], rtol=0, atol=5e-4)
-    ours = {theirs: model.get_parameter(name) for name, theirs in names.items()}
+    ours = {theirs: model.get_parameter(name) for name, theirs in model.checkpoint_names().items()}
     for theirs, final in trace["params_after_5_steps"].items():
-        assert (ours[theirs] - final).abs().max() < 2e-3 and (ours[theirs] - final).abs().mean() < 1e-4, theirs
+        error = (ours[theirs] - final).abs()
+        assert error.max() < 2e-3 and error.mean() < 1e-4, theirs
 
 
-@files("_train_gqa.pt")
-def test_uc2_training_trace_gqa(path):
-    check_uc2_trace(path, "xgqa")
-
-
-@files("_train_xvnli.pt")
-def test_uc2_training_trace_xvnli(path):
-    check_uc2_trace(path, "xvnli")
-
-
-@files("_train_retrieval.pt")
-def test_uc2_training_trace_retrieval(path):
-    check_uc2_trace(path, "xflickrco")
-
-
-def check_uc2_trace(path, task):
+@files("_train_*.pt")
+def test_uc2_training_trace(path):
     golden = load(path)
     meta, loop, outputs = golden["meta"], golden["train"], golden["outputs"]
-    sizes = uc2.read_sizes(golden["initial_state_dict"], {"heads": golden["config"]["num_attention_heads"]}, "golden")
+    task, initial = UC2_TASKS[golden["meta"]["task"]], golden["initial_state_dict"]
+    sizes = uc2.read_sizes(initial, uc2_config(golden), "golden")
     model = uc2.UC2(sizes, task, dropout=0.0)
-    copy_tensors(model, golden["initial_state_dict"])
-    recipe = train.Recipe(epochs=1, batch_size=1, lr=float(meta["learning_rate"]),
-                          betas=tuple(map(float, meta["adam_betas"].split())),
-                          eps=float(meta["adam_eps"]), clip=float(meta["clip_grad_norm"]))
-    part = train.part_of(model)
-    optimizer = train.make_optimizer(train.parameter_groups(model, part, dict.fromkeys(part.values(), recipe.lr),
-                                                            float(meta["weight_decay"])), recipe)
+    fill(model, initial)
+    names = model.checkpoint_names()
+    assert set(names.values()) == initial.keys()
+    for ours, theirs in names.items():
+        assert model.decays(ours) != golden["no_weight_decay"][theirs], theirs
+
+    recipe = train.Recipe(
+        epochs=1, batch_size=1, lr=float(meta["learning_rate"]), eps=float(meta["adam_eps"]),
+        weight_decay=float(meta["weight_decay"]), warmup=float(meta["warmup_proportion"]),
+        clip=float(meta["clip_grad_norm"]), betas=tuple(map(float, meta["adam_betas"].split())))
+    optimizer = train.make_optimizer(model, PLAIN, recipe, 1)
     total, accumulation = loop["schedule_total_steps"], loop["gradient_accumulation_steps"]
     losses, norms, rates = [], [], []
-    for epoch in range(loop["num_epochs"]):
-        for i in range(loop["micro_batches_per_epoch"]):
-            micro = golden["micro_batches"][i]
-            flat = {ours: micro[theirs].flatten(0, -1 - micro_dimensions) for ours, theirs, micro_dimensions in (
-                ("features", "features", 2), ("locations", "locations", 2), ("region_mask", "image_mask", 1),
-                ("input_ids", "input_ids", 1),
-                ("attention_mask", "input_mask", 1))}
-            loss = model(flat | {"targets": micro["targets"]})
-            losses.append(loss.item())
-            (loss / accumulation).backward()
-            if len(losses) % accumulation == 0:
-                factor = train.lr_factor(len(norms), total, float(meta["warmup_proportion"]) * total)
-                train.set_rates(optimizer, factor, recipe)
-                rates.append(optimizer.param_groups[0]["lr"])
-                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).item())
-                optimizer.step()
-                optimizer.zero_grad()
+    for i in list(range(loop["micro_batches_per_epoch"])) * loop["num_epochs"]:
+        loss = model(uc2_batch(golden["micro_batches"][i]))
+        losses.append(loss.item())
+        (loss / accumulation).backward()
+        if len(losses) % accumulation == 0:
+            factor = train.lr_factor(len(norms), total, recipe.warmup)
+            train.set_rates(optimizer, factor, recipe)
+            rates.append(optimizer.param_groups[0]["lr"])
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            norms.append(norm.item())
+            optimizer.step()
+            optimizer.zero_grad()
+    first = 2 * accumulation  # the first update has learning rate 0
+    assert_close(torch.tensor(losses[:first]), outputs["micro_losses"][:first])
     assert rates == pytest.approx(outputs["lr_per_optimizer_step"].tolist(), abs=1e-12)
     assert torch.allclose(torch.tensor(losses), outputs["micro_losses"], rtol=1e-4, atol=3e-5)
     assert torch.allclose(torch.tensor(norms), outputs["grad_norm_before_clip"], rtol=2e-3)
-    for name, theirs in model.checkpoint_names().items():
-        if not theirs.endswith("key.bias"):  # no gradient but rounding noise, which Adam amplifies
-            assert (model.get_parameter(name) - golden["final_state_dict"][theirs]).abs().max() <= 3e-5, theirs
+    for name, theirs in names.items():
+        if not theirs.endswith("key.bias"):  # rounding noise, which Adam amplifies
+            error = (model.get_parameter(name) - golden["final_state_dict"][theirs]).abs().max()
+            assert error <= 3e-5, theirs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -569,32 +518,33 @@ def golden_tokenizer(golden, tmp_path):
 @files("_preproc.pt")
 def test_left_and_right(path, tmp_path):
     golden = load(path)
-    sides = list(golden["left_right"].values())
-    records = [data.Record(str(i), str(i), side["question"], dict.fromkeys(side["answers"].split("\n"), 1.0))
-               for i, side in enumerate(sides)]
-    examples = data.Examples("golden", records, data.TextRules("", None, None, None, None),
-                             golden_tokenizer(golden, tmp_path), training=True)
-    assert examples.may_flip.tolist() == [not side["contains_left_or_right"] for side in sides]
+    records, expected = [], []
+    for i, side in enumerate(golden["left_right"].values()):
+        answers = dict.fromkeys(side["answers"].split("\n"), 1.0)
+        records.append(data.Record(str(i), str(i), side["question"], answers))
+        expected.append(not side["contains_left_or_right"])
+    examples = data.Examples("golden", records, NO_LIMITS, golden_tokenizer(golden, tmp_path), True)
+    assert examples.may_flip.tolist() == expected
 
 
 @files("_preproc.pt")
 def test_tokenizer(path, tmp_path):
-    golden = load(path)["tokenizer"]
-    tokenizer = golden_tokenizer({"tokenizer": golden}, tmp_path)
-    assert {"cls": data.BOS, "pad": data.PAD, "sep": data.EOS, "unk": data.UNK, "mask": tokenizer.mask,
-            "vocab_size": tokenizer.vocabulary,
-            "spm_size": tokenizer.vocabulary - 2} == golden["specials"]
-    texts, compared = list(golden["texts"].values()), 0
+    golden = load(path)
+    tokenizer, golden = golden_tokenizer(golden, tmp_path), golden["tokenizer"]
+    assert golden["specials"] == {
+        "cls": data.BOS, "pad": data.PAD, "sep": data.EOS, "unk": data.UNK, "mask": tokenizer.mask,
+        "vocab_size": tokenizer.vocabulary, "spm_size": tokenizer.vocabulary - 2}
+    compared = 0
     for name, expected in golden.items():
         limit = re.fullmatch(r"longest|(?:longest_truncate|max_length)_(\d+)", name)
         if limit:
-            rows = tokenizer(texts, int(limit[1]) if limit[1] else None)
-            input_ids, attention_mask = data.pad([rows[i] for i in range(len(texts))])
+            rows = tokenizer(golden["texts"].values(), limit[1] and int(limit[1]))
+            input_ids, mask = data.pad([rows[i] for i in range(len(rows))])
             # ours is padded to the longest text, "max_length" to the limit
             more = expected["input_ids"].shape[1] - input_ids.shape[1]
             assert more == 0 or name.startswith("max_length") and more > 0
-            assert torch.equal(torch.nn.functional.pad(input_ids, (0, more), value=data.PAD), expected["input_ids"])
-            assert torch.equal(torch.nn.functional.pad(attention_mask, (0, more)), expected["attention_mask"])
+            assert torch.equal(pad(input_ids, (0, more), value=data.PAD), expected["input_ids"])
+            assert torch.equal(pad(mask, (0, more)), expected["attention_mask"])
             compared += 1
     assert compared == len(golden) - 3  # all but the model, the texts and the specials
 
@@ -604,100 +554,64 @@ def test_image_transform(path):
     golden = load(path)["image"]
     image = Image.fromarray(golden["image_uint8_hwc"].numpy())
     name = next(name for name in golden if name.startswith("test_transform_"))
-    pixels = data.to_tensor(data.resize(image, int(name.removeprefix("test_transform_"))))[None]
-    std = torch.tensor(IMAGE_STD).view(3, 1, 1)
-    assert ((normalize(pixels)[0] - golden[name]) * std).abs().max() <= 2 / 255  # ours is rounded to a byte first
+    size = int(name.removeprefix("test_transform_"))
+    pixels = normalize(data.to_tensor(data.resize(image, size))[None])[0]
+    error = (pixels - golden[name]) * torch.tensor(IMAGE_STD).view(3, 1, 1)
+    assert error.abs().max() <= 2 / 255  # ours is rounded to a byte first
 
 
 @files("_inputs.pt")
 def test_locations(path):
     for image in load(path)["images"].values():
         size = np.array([[image["img_w"], image["img_h"]]])
-        assert np.allclose(data.locations(image["boxes_xyxy"].numpy()[None], size)[0], image["uc2_locations"],
-                           rtol=1e-6, atol=1e-7)
+        [found] = data.locations(image["boxes_xyxy"].numpy()[None], size)
+        assert np.allclose(found, image["uc2_locations"], rtol=1e-6, atol=1e-7)
         assert torch.equal(image["features"], image["uc2_features"])
         assert len(image["boxes_xyxy"]) == image["uc2_num_boxes"]  # no global region
 
 
-class GivenPieces:
-    """Where sentencepiece stands in `data.Tokenizer`: the "text" i is row i of token ids (<s> … </s>), given as pieces.
-    """
-
-    def __init__(self, encoded):
-        self.encoded = encoded
-
-    def encode(self, texts):
-        return [[token - 1 if token != data.UNK else 0 for token in self.encoded[int(text)][1:-1].tolist()]
-                for text in texts]
-
-
-def golden_batch(golden, folder, records, labels):
-    """The records as one batch of ours, from a folder of region features with as many
-    regions per image as the file has.
-    """
-    images = list(golden["raw_images"].values())
-    counts = [len(image["boxes_xyxy"]) for image in images]
-    np.save(folder / "features.npy", torch.cat([image["features_first5"] for image in images]).numpy())
-    np.save(folder / "boxes.npy", torch.cat([image["boxes_xyxy"] for image in images]).numpy())
-    np.save(folder / "sizes.npy", np.array([[image["img_w"], image["img_h"]] for image in images], dtype=np.int32))
-    np.save(folder / "offsets.npy", np.cumsum([0, *counts]))
-    (folder / "ids.txt").write_text("".join(f"{i}\n" for i in range(len(images))))
-    meta = {"format": 1, "count": len(images), "boxes": golden["max_region_num"],
-            "dim": images[0]["features_first5"].shape[1], "complete": True}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    tokenizer = data.Tokenizer.__new__(data.Tokenizer)
-    tokenizer.model = GivenPieces(list(golden["encoded"].values()))
-    limit = golden["max_seq_length"]
-    examples = data.Examples("golden", records, data.TextRules("", None, None, limit, limit), tokenizer, training=True)
-    targets = data.class_targets(examples, {name: i for i, name in enumerate(labels)})
-    batch = data.TrainingBatches(examples, data.Regions(str(folder), examples.image_keys), targets, 0, False,
-                                 True)[(0, np.arange(len(records)))]
-    for name in ("features", "locations", "region_mask"):
-        batch[name] = batch[name][batch["image_index"]]
-        more = golden["max_region_num"] - batch[name].shape[1]  # ours are padded to the longest of the batch
-        batch[name] = torch.nn.functional.pad(batch[name], (0, 0, 0, more) if batch[name].ndim == 3 else (0, more))
-    more = limit - batch["input_ids"].shape[1]
-    batch["input_ids"] = torch.nn.functional.pad(batch["input_ids"], (0, more), value=data.PAD)
-    batch["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, more))
-    return batch
-
-
-OUR_NAMES = {"features_first5": "features", "locations": "locations", "image_mask": "region_mask",
-             "input_ids": "input_ids", "input_mask": "attention_mask", "target": "targets"}
-
-
 @files("_inputs.pt")
 @pytest.mark.parametrize("task", ["xgqa", "xvnli"])
-def test_uc2_rows(path, task, tmp_path):
+def test_uc2_rows(path, task):
+    """Tokens, truncated and padded, and targets; the "text" of a record is its row of token ids."""
     golden = load(path)
-    gqa = golden["gqa_dataset"]
+    gqa, records = golden["gqa_dataset"], []
     if task == "xgqa":
         rows, labels = list(gqa["rows"].values()), [str(i) for i in range(gqa["num_labels"])]
-        sources = [row["source_index"] for row in rows]
-        answers = {source: {str(label): 1.0} if label >= 0 else {}
-                   for source, label in enumerate(gqa["labels"].values())}
-        records = [data.Record(str(row["question_id"]), str(source), str(source), answers[source])
-                   for row, source in zip(rows, sources)]
+        known = list(gqa["labels"].values())
+        for row in rows:
+            source, name = row["source_index"], str(row["question_id"])
+            answers = {str(known[source]): 1.0} if known[source] >= 0 else {}
+            records.append(data.Record(name, str(source), str(source), answers))
     else:
         rows, labels = list(golden["xvnli_dataset"]["rows"].values()), uc2.LABELS
-        records = [data.Record(str(i), str(i), str(i), label=label)
-                   for i, label in enumerate(golden["xvnli_dataset"]["gold_labels"].values())]
-    batch = golden_batch(gqa, tmp_path, records, labels)
-    for i, row in enumerate(rows):
-        for theirs, ours in OUR_NAMES.items():
-            if theirs in row:
-                assert row[theirs].shape == batch[ours][i].shape and torch.allclose(
-                    batch[ours][i].double(), row[theirs].double(), rtol=1e-6, atol=1e-7), (i, theirs)
-        assert not row.get("segment_ids", torch.zeros(1)).any()
+        for i, label in enumerate(golden["xvnli_dataset"]["gold_labels"].values()):
+            records.append(data.Record(str(i), str(i), str(i), label=label))
+    tokenizer, limit = data.Tokenizer.__new__(data.Tokenizer), gqa["max_seq_length"]
+    encoded = list(gqa["encoded"].values())
+    tokenizer.model = SimpleNamespace(encode=lambda texts: [
+        [token - 1 if token != data.UNK else 0 for token in encoded[int(text)][1:-1].tolist()]
+        for text in texts])
+    limits = SimpleNamespace(**vars(NO_LIMITS) | {"train_tokens": limit})
+    examples = data.Examples("golden", records, limits, tokenizer, training=True)
+    input_ids, mask = data.pad(list(examples.tokens))
+    class_of = {name: i for i, name in enumerate(labels)}
+    targets = data.class_targets(examples, class_of)(range(len(records)), None)["targets"]
+    more = (0, limit - input_ids.shape[1])  # ours is padded to the longest of the batch
+    for ours, theirs in ((pad(input_ids, more, value=data.PAD), "input_ids"),
+                         (pad(mask, more), "input_mask"), (targets, "target")):
+        expected = torch.stack([row[theirs] for row in rows])
+        assert torch.equal(ours.double(), expected.double()), theirs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluation: retrieval through eval.py, from pictures and token rows to recalls
 
 
 class GoldenPictures:
-    def __init__(self, **tensors):
-        self.tensors, self.keys = tensors, [str(i) for i in range(len(next(iter(tensors.values()))))]
+    def __init__(self, tensors):
+        self.tensors = tensors
+        self.keys = [str(i) for i in range(len(next(iter(tensors.values()))))]
 
     def __len__(self):
         return len(self.keys)
@@ -707,62 +621,71 @@ class GoldenPictures:
 
 
 def golden_retrieval(model, pictures, input_ids, mask, image_of_text, **options):
-    """-> (results, per text its images best first and the rank of its own, per image its texts
-    best first and the rank of its first own).
-    """
-    tokens = data.Ragged([row[:length].tolist() for row, length in zip(input_ids, mask.sum(1))])
-    examples = SimpleNamespace(tokens=tokens, records=[SimpleNamespace(id=str(i)) for i in range(len(input_ids))])
-    chosen = evaluation.EvaluationSet("xflickrco", {"en": examples}, pictures, {"en": image_of_text.numpy()}, [])
+    """-> (results, [(images best first, rank of its own)] of the texts, the same of the images)."""
+    rows = [row[:length].tolist() for row, length in zip(input_ids, mask.sum(1))]
+    records = [SimpleNamespace(id=str(i)) for i in range(len(rows))]
+    examples = {"en": SimpleNamespace(tokens=data.Ragged(rows), records=records)}
+    chosen = evaluation.EvaluationSet("xflickrco", examples, GoldenPictures(pictures),
+                                      {"en": image_of_text.tolist()}, [])
     results, predictions = evaluation.evaluate(model, chosen, torch.device("cpu"), **options)
-    by_text, by_image = ([entry for entry in predictions["en"] if kind in entry] for kind in ("text", "image"))
-    return (results["en"], [(list(map(int, entry["images"])), entry["rank"]) for entry in by_text],
-            [(list(map(int, entry["texts"])), entry["rank"]) for entry in by_image])
+    found = []
+    for kind, candidates in (("text", "images"), ("image", "texts")):
+        entries = [entry for entry in predictions["en"] if kind in entry]
+        found.append([(list(map(int, entry[candidates])), entry["rank"]) for entry in entries])
+    return results["en"], *found
 
 
 @files("_retrieval_eval.pt")
-def test_uc2_retrieval_metrics(path):
+def test_uc2_retrieval(path):
     golden = load(path)
     inputs, outputs = golden["inputs"], golden["outputs"]
     model = uc2.from_finetuned(golden["state_dict"], uc2_config(golden), "xflickrco", "golden")
-    features = torch.nn.functional.pad(inputs["features_first12"],
-                                       (0, golden["config"]["v_feature_size"] - inputs["features_first12"].shape[-1]))
-    pictures = GoldenPictures(features=features, locations=inputs["locations"], region_mask=inputs["image_mask"])
-    results, by_text, by_image = golden_retrieval(model, pictures, inputs["input_ids"], inputs["input_mask"],
+    missing = golden["config"]["v_feature_size"] - inputs["features_first12"].shape[-1]
+    pictures = {"features": pad(inputs["features_first12"], (0, missing)),
+                "locations": inputs["locations"], "region_mask": inputs["image_mask"]}
+    input_ids, mask = inputs["input_ids"], inputs["input_mask"]
+    memory, texts = model.eval().memory(pictures), model.encode_texts(input_ids, mask)
+    for i, scores in enumerate(outputs["score_matrix_caption_by_image"].T):
+        assert_close(model.match_scores(texts, mask, select(memory, slice(i, i + 1))), scores)
+    results, by_text, by_image = golden_retrieval(model, pictures, input_ids, mask,
                                                   golden["caption_image_index"])
     for kind, ranks in (("image", by_text), ("text", by_image)):
         recalls = outputs[f"{kind}_retrieval_r1_r5_r10_medr_meanr"]
         for recall, k in zip(recalls, (1, 5, 10)):
             # the reference rounds fractions
             assert results[f"{kind}_recall_at_{k}"] == pytest.approx(recall.item(), abs=1e-3)
-        assert sum(1 + rank for _, rank in ranks) / len(ranks) == pytest.approx(recalls[4].item(), abs=1e-3)
+        mean = sum(1 + rank for _, rank in ranks) / len(ranks)
+        assert mean == pytest.approx(recalls[4].item(), abs=1e-3)
     assert [images for images, _ in by_text] == outputs["top_images_per_caption"].tolist()
 
 
 @files("_retrieval.pt", but=("_volta_retrieval.pt", "_train_retrieval.pt"))
 def test_cclm_reranking(path):
-    """The k_test candidates of every text and of every image, in the order of their scores, and the recalls.
+    """The k_test candidates of every text and image in the order of their scores, and the recalls.
 
-    What is not scored stands in arbitrary order behind: a recall beyond k_test is
-    only compared where all are within it.
+    What is not scored stands in arbitrary order behind: a recall beyond k_test is only compared
+    where all are within it.
     """
     golden = load(path)
     model, reference = cclm_pretrained(golden, "xflickrco", "res_pretrain"), golden["eval"]
     k, mask = reference["k_test"], reference["attention_mask"]
     image_states = model.encode_images({"images": reference["images"]})
     text_states = model.encode_texts(reference["input_ids"], mask)
-    assert_close(model.image_features(image_states) @ model.text_features(text_states).T, reference["cosine_i2t"])
-    results, by_text, by_image = golden_retrieval(model, GoldenPictures(images=reference["images"]),
-                                                  reference["input_ids"], mask, reference["txt2img"], candidates=k)
+    cosine = model.image_features(image_states) @ model.text_features(text_states).T
+    assert_close(cosine, reference["cosine_i2t"])
+    results, by_text, by_image = golden_retrieval(
+        model, {"images": reference["images"]}, reference["input_ids"], mask, reference["txt2img"],
+        candidates=k)
     for scores, found in ((reference["score_t2i"], by_text), (reference["score_i2t"], by_image)):
         assert ((scores > -100).sum(1) == k).all()
-        assert [order[:k] for order, _ in found] == scores.argsort(1, descending=True)[:, :k].tolist()
+        expected = scores.argsort(1, descending=True)[:, :k]
+        assert [order[:k] for order, _ in found] == expected.tolist()
     for ours, theirs in (("text", "txt"), ("image", "img")):
         for at in (1, 5, 10):
-            if at <= k or at >= max(reference["cosine_i2t"].shape):
-                assert results[f"{ours}_recall_at_{at}"] == pytest.approx(
-                    reference["metrics"][f"{theirs}_r{at}"].item())
-    memory = model.image_memory(image_states)
+            if at <= k or at >= max(cosine.shape):
+                expected = reference["metrics"][f"{theirs}_r{at}"].item()
+                assert results[f"{ours}_recall_at_{at}"] == pytest.approx(expected)
     for image, row in enumerate(reference["score_i2t"]):
         scored = (row > -100).nonzero()[:, 0]
-        assert_close(model.match_scores(text_states[scored], mask[scored], select(memory, slice(image, image + 1))),
-                     row[scored])
+        memory = model.image_memory(image_states[image, None])
+        assert_close(model.match_scores(text_states[scored], mask[scored], memory), row[scored])

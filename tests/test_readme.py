@@ -1,4 +1,4 @@
-"""The README keeps its promises: commands parse, files and tests exist, numbers were measured or are the paper's."""
+"""README.md and docs/ keep their promises: commands parse, links, files and tests exist, numbers were measured."""
 
 import argparse
 import importlib
@@ -13,117 +13,118 @@ import pytest
 from conftest import ROOT
 
 import analysis
-import recipes
+import train
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCED = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-BLOCKS = re.findall(r"<!-- measured: (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+README = PAGES[ROOT / "README.md"]
+PROSE = {path: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for path, text in PAGES.items()}
+MEASURED = json.loads((ROOT / "docs" / "measured.json").read_text(encoding="utf-8"))
+BLOCK = re.compile(r"<!-- measured: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+BLOCKS = [(path.name, *block) for path, text in PAGES.items() for block in BLOCK.findall(text)]
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+UNIT = r"(?=\s(?:seconds|minutes|points|%))"
 
 
 def commands():
-    """(script, words) of every command in bash blocks and in `…`. Shell variables have their (first) value."""
-    shell = "\n".join(text for language, text in FENCED if language == "bash").replace("\\\n", " ")
-    variables = dict(re.findall(r'^(\w+)="(.*)"$', shell, re.MULTILINE) + re.findall(r"\bfor (\w+) in (\S+)", shell))
-    inline = re.findall(r"`((?:python|torchrun) [^`]*)`", PROSE)
-    for line in re.split(r"\n|;|&&", re.sub(r"#.*", "", shell)) + inline:
-        found = re.search(r"\b(?:python|torchrun\b.*?) (\S+\.py)\b(.*)", line)
-        if found:
-            yield found[1], tuple(shlex.split(string.Template(found[2]).safe_substitute(variables)))
+    """(program, words) of every command in bash blocks and in `…`. Shell variables have their (first) value."""
+    for path, text in PAGES.items():
+        shell = re.sub(r"\\\n|#.*", " ", "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)))
+        variables = re.findall(r'^(\w+)="(.*)"$', shell, re.MULTILINE) + re.findall(r"\bfor (\w+) in (\S+)", shell)
+        for line in re.split(r"\n|;|&&", shell) + re.findall(r"`((?:python|torchrun) [^`]*)`", PROSE[path]):
+            found = re.search(r"\b(?:python|torchrun\b.*?) (?:-m )?((?:tools|miniature)\.\w+|\S+\.py)\b(.*)", line)
+            if found:
+                yield found[1], tuple(shlex.split(string.Template(found[2]).safe_substitute(dict(variables))))
+
+
+COMMANDS = list(dict.fromkeys(commands()))
 
 
 class Parsed(Exception):
     """The command line was understood."""
 
 
-COMMANDS = list(dict.fromkeys(commands()))
-
-
-@pytest.mark.parametrize("script, words", COMMANDS, ids=[" ".join((script, *words)) for script, words in COMMANDS])
-def test_command_is_understood(script, words, monkeypatch):
-    if script == "train.py":
-        recipes.parse_args(list(words), None)  # also refuses flags that contradict each other
+@pytest.mark.parametrize("program, words", COMMANDS, ids=[" ".join((program, *words)) for program, words in COMMANDS])
+def test_command_is_understood(program, words, monkeypatch):
+    if program == "train.py":
+        train.parse_args(list(words))  # also refuses flags that contradict each other
         return
-    understand = argparse.ArgumentParser.parse_args
-
-    def parse_only(parser, *arguments):
-        understand(parser, *arguments)
-        raise Parsed
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    monkeypatch.setattr(sys, "argv", [script, *words])
+    for name in ("parse_args", "parse_intermixed_args"):
+        def understood(parser, *arguments, parse=getattr(argparse.ArgumentParser, name)):
+            parse(parser, *arguments)
+            raise Parsed
+        monkeypatch.setattr(argparse.ArgumentParser, name, understood)
+    monkeypatch.setattr(sys, "argv", [program, *words])
     with pytest.raises(Parsed):
-        importlib.import_module(Path(script).stem).main()
+        importlib.import_module(Path(program).stem if program.endswith(".py") else program).main()
 
 
 def test_commands_were_found():
-    """The rows of Tables 1, 4, 5 and 6, and every script with a command line."""
-    runs = [recipes.parse_args(list(words), None) for script, words in COMMANDS if script == "train.py"]
-    real = {(run.model, run.task, recipes.strategy_name(run)) for run in runs if run.data}
+    """The rows of Tables 1, 4, 5 and 6, and every program that has a command line."""
+    runs = [train.parse_args(list(words)) for program, words in COMMANDS if program == "train.py"]
+    real = {(run.model, run.task, train.strategy_name(run)) for run in runs if run.data == "IGLUE"}
     assert real >= {(model, task, strategy) for model in ("uc2", "cclm") for task in ("xgqa", "xvnli", "xflickrco")
                     for strategy in ("standard", "suf")}
-    others = {"analysis.py", "data.py", "eval.py", "mini.py", "schedule.py", "tests/benchmark.py"}
-    assert {script for script, _ in COMMANDS} >= others
-    for words in (words for _, words in COMMANDS if "--" in words):  # what `reproduce` hands on
-        recipes.parse_args(["--model", "cclm", "--task", "xgqa", *words[words.index("--") + 1 :]], None)
+    programs = {f"tools.{path.stem}" for path in ROOT.glob("tools/[!_]*.py")}
+    programs |= {"analysis.py", "eval.py", "schedule.py", "miniature.pretrain", "tests/benchmark.py"}
+    assert programs - {program for program, _ in COMMANDS} == set()
+    for words in (words for _, words in COMMANDS if "--" in words):  # what tools.reproduce hands on
+        train.parse_args(["--model", "cclm", "--task", "xgqa", *words[words.index("--") + 1 :]])
 
 
-def test_file_tree():
-    tree = re.search(r"## Files\n+```text\n(.*?)```", README, re.DOTALL)[1]
-    named = [line.split()[0] for line in tree.splitlines()]
-    assert [name for name in named if not list(ROOT.glob(name.rstrip("/")))] == []
+def test_readme_is_short_and_lengths_are_true():
+    assert len(README.splitlines()) <= 250
+    # "schedule.py … 150 lines", or a row of a table "| `schedule.py` | 150 |"
+    named = dict(re.findall(r"^[\W\d]*\b([\w/]+\.py)\b.*?\b(\d[\d,]*) (?:lines|\|)", README, re.MULTILINE))
     assert {path.name for path in ROOT.glob("*.py")} - set(named) == set()
-    linked = re.findall(r"\]\((?!https?:|#)([^)]+)\)", PROSE)
-    assert [path for path in linked if not (ROOT / path).exists()] == []
+    for name, said in named.items():
+        lines = (ROOT / name).read_text(encoding="utf-8").count("\n")
+        assert lines == pytest.approx(int(said.replace(",", "")), rel=0.15), name
 
 
-def test_named_tests_exist():
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
-    defined = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
-    named = set(re.findall(r"`(test_\w+)`", README))
-    assert named and named - defined == set()
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_what_is_named_exists(path):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PROSE[path]):
+        page = (path.parent / target).resolve() if target else path
+        assert page.exists(), target
+        headings = re.findall(r"^#+ (.*)", PAGES.get(page, "").lower(), re.MULTILINE)
+        assert anchor in ["", *(re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings)]
+    for name in re.findall(r"`((?:tests|docs|tools|miniature)/[\w./]+|\w+\.py)`", PROSE[path]):
+        assert (ROOT / name).exists(), name
+    sources = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", PROSE[path]):
+        assert f"\ndef {name}(" in sources, name
 
 
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
-UNITS = r"(?=\s(?:seconds|minutes|CPU minutes|points|%))"
-
-
-def numbers_of(text):
-    """-> (table rows: first cell, then the numbers of the others; of the prose the numbers with a point or a unit)."""
-    rows = [[name.strip(), *re.findall(NUMBER, " ".join(others))]
-            for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-            for name, *others in (row.strip("|").split("|") for row in table.splitlines()[2:])]
-    prose = re.sub(r"^\|.*\n", "", text, flags=re.MULTILINE)
-    return rows, re.findall(rf"-?\d[\d,]*\.\d+|{NUMBER}{UNITS}", prose)
-
-
-@pytest.mark.parametrize("name, text", BLOCKS, ids=[name for name, _ in BLOCKS])
-def test_numbers_were_measured(name, text):
-    """Each in its place: measured.json has them row by row, and those of the prose in the order of the text."""
-    measured = json.loads((ROOT / "measured.json").read_text(encoding="utf-8"))[name]
-    assert measured["command"]
-
-    def rounded(shown, values):
+@pytest.mark.parametrize("page, name, text", BLOCKS, ids=[f"{page}: {name}" for page, name, _ in BLOCKS])
+def test_numbers_were_measured(page, name, text):
+    """Each in its place: of every row those behind its first cell, of the prose those with a point or a unit."""
+    if not text.strip():
+        pytest.skip("still to be measured")
+    assert MEASURED[name]["command"]
+    rows = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows += [row.strip("|").split("|") for row in table.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == [row[0] for row in MEASURED[name]["rows"]]
+    places = [(re.findall(NUMBER, " ".join(row[1:])), values[1:]) for row, values in zip(rows, MEASURED[name]["rows"])]
+    places.append((re.findall(rf"-?\d[\d,]*\.\d+|{NUMBER}{UNIT}", re.sub(r"(?m)^\|.*\n", "", text)),
+                   MEASURED[name]["prose"]))
+    for shown, values in places:
         assert len(shown) == len(values)
-        return [f"{value:,.{len(number.partition('.')[2])}f}" for number, value in zip(shown, values)]
+        assert shown == [f"{value:,.{len(said.partition('.')[2])}f}" for said, value in zip(shown, values)]
 
-    rows, prose = numbers_of(text.replace("−", "-"))
-    assert [row[0] for row in rows] == [row[0] for row in measured["rows"]]
-    for (row, *shown), (_, *values) in zip(rows, measured["rows"]):
-        assert shown == rounded(shown, values), row
-    assert prose == rounded(prose, measured["prose"])
+
+def test_every_measurement_is_shown():
+    assert set(MEASURED) == {name for _, name, text in BLOCKS if text.strip()}
 
 
 def test_the_papers_table_1():
-    section = re.search(r"## What SUF is\n(.*?)\n## ", README, re.DOTALL)[1]
-    rows = re.findall(r"^\| ((?:UC2|CCLM)(?: \+ SUF)?) \|(.*)\|$", section, re.MULTILINE)
-    columns = [("xgqa", "accuracy"), ("xvnli", "accuracy")]
-    columns += [("xflickrco", "text_recall_at_1"), ("xflickrco", "image_recall_at_1")]
-    for name, row in rows:
-        arm = (name[:4].strip().lower(), "suf" if "SUF" in name else "standard")
+    columns = "xgqa accuracy, xvnli accuracy, xflickrco text_recall_at_1, xflickrco image_recall_at_1".split(", ")
+    rows = re.findall(r"^\| (UC2|CCLM)( \+ SUF)? \|((?: +\d+\.\d \|){8})$", README, re.MULTILINE)
+    for model, suf, row in rows:
         expected = []
         for column in columns:
-            paper = analysis.paper(*arm, *column)
-            expected += [paper["en"], analysis.PAPER_TABLE_1.get((*arm, *column), paper["others"])]
-        assert [float(cell) for cell in row.split("|")] == expected, name
+            key = (model.lower(), "suf" if suf else "standard", *column.split())
+            paper = analysis.paper(*key)
+            expected += [paper["en"], analysis.PAPER_TABLE_1.get(key, paper["others"])]
+        assert [float(cell) for cell in row.strip("|").split("|")] == expected, (model, suf)
     assert len(rows) == 4

@@ -1,0 +1,451 @@
+"""The miniature: its sentences are right, its answers true, its files IGLUE's, its builder exact.
+
+Scenes are read back from the region features and compared with the pixels of the JPEGs; every
+sentence of the files is parsed and judged on them by code of this file alone.
+"""
+
+import collections
+import contextlib
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import tempfile
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import cclm
+import data
+import uc2
+from miniature import languages, pretrain, world
+from miniature.languages import ATTRIBUTES, COLOURS, SHAPES, SIZES, Form, NounPhrase, say
+from model import read_checkpoint
+
+SHIPPED = ROOT / "miniature"
+FEW = {name: min(count, 12) for name, count in world.IMAGES.items()}
+
+
+@pytest.fixture(scope="module")
+def folder():
+    """The embedded world."""
+    return Path(world.prepare("cclm")[0])
+
+
+@pytest.fixture(scope="module")
+def meanings():
+    """Language -> {sentence: form}, of all that the world's files may hold."""
+    forms, spoken = all_forms(), languages.LANGUAGES
+    return {language: {say(form, language): form for form in forms} for language in spoken}
+
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def refusal(main, flags, capsys):
+    """The one line that main prints where it refuses."""
+    with pytest.raises(SystemExit) as end:
+        main(flags)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def records_of(folder, task, split, language="en", shots=None):
+    return data.read_records(str(folder), task, split, language, shots)[1]
+
+
+def all_forms():
+    """"and" and "or" join two phrases of two words; captions "and" two of three."""
+    words = itertools.product((None, *SIZES), (None, *COLOURS), (None, *SHAPES))
+    phrases = [NounPhrase(*some) for some in words if any(some)]
+    two, three = ([one for one in phrases if one.count(None) == unknown] for unknown in (1, 0))
+    forms = [Form("phrase", (phrase,)) for phrase in phrases]
+    forms += [Form("and", pair) for pair in itertools.permutations(three, 2)]
+    for asked in (False, True):
+        forms += [Form("exist", (phrase,), question=asked) for phrase in phrases]
+        for kind in ("and", "or"):
+            forms += [Form(kind, pair, question=asked) for pair in itertools.permutations(two, 2)]
+    for phrase, (attribute, values) in itertools.product(phrases, ATTRIBUTES.items()):
+        if attribute == "side" or getattr(phrase, attribute) is None:
+            for value, asked in itertools.product(values, (False, True)):
+                forms.append(Form("attribute", (phrase,), attribute, (value,), asked))
+            for pair in itertools.permutations(values, 2):
+                forms.append(Form("choose", (phrase,), attribute, pair, True))
+            forms.append(Form("what", (phrase,), attribute, (), True))
+    return forms
+
+
+def test_literal_sentences_in_all_languages(meanings):
+    """One meaning per block, a line per language: agreement, case, particles, vowel harmony."""
+    blocks = (ROOT / "tests/mini_sentences.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    assert len(blocks) == 28
+    for block in blocks:
+        written = dict(line.split(" ", 1) for line in block.split("\n"))
+        form = meanings["en"][written["en"]]
+        assert written == {language: say(form, language) for language in languages.LANGUAGES}
+
+
+def test_different_meanings_are_said_differently(meanings):
+    """Otherwise nobody could answer. Also: text is NFC, single spaces, a capital letter first."""
+    for language, forms in meanings.items():
+        assert len(forms) == len(set(all_forms())) > 9000, language
+        for text, form in forms.items():
+            assert text == unicodedata.normalize("NFC", text).strip() and "  " not in text
+            assert form.kind == "phrase" or not text.lstrip("¿")[0].islower()
+
+
+def test_the_shipped_tokenizer_knows_every_text_and_is_rebuilt_bit_for_bit(meanings, tmp_path):
+    tokenizer = data.Tokenizer(str(SHIPPED / "tokenizer.model"))
+    for forms in meanings.values():
+        texts = random.Random(0).sample(list(forms), 999)
+        for variant in (texts, [data.clean_caption(text, None) for text in texts]):  # UC2, CCLM
+            assert data.UNK not in set(tokenizer(variant).values.tolist())
+    form = Form("attribute", (NounPhrase("large", None, "cross"),), "colour", ("yellow",), True)
+    read = {  # 大 is not the same word in Chinese and Japanese
+        "ru": "bolshoy krest zhyoltyy ?", "zh": "da shi zi xing shi huang se de ma ?",
+        "ko": "keun sipjaneun noransaekipnikka ?", "ja": "ookii juuji wa kiiroi desu ka ?"}
+    for language, text in read.items():
+        assert tokenizer.model.normalize(say(form, language)).replace("▁", " ").strip() == text
+    pretrain.train_tokenizer(tmp_path / "tokenizer.model")
+    built = (tmp_path / "tokenizer.model").read_bytes()
+    assert built == (SHIPPED / "tokenizer.model").read_bytes()
+
+
+# ---- Truth, judged by code of this file ----------------------------------------------------------
+
+
+def fits(phrase, scene):
+    known = [(name, word) for name, word in phrase._asdict().items() if word]
+    return [thing for thing in scene if all(getattr(thing, name) == word for name, word in known)]
+
+
+def verdict(form, scene):
+    """What a viewer answers: "yes", "no" or a value; None if "the" does not find one object."""
+    found = [fits(phrase, scene) for phrase in form.phrases]
+    if form.attribute is None:
+        true = any(found) if form.kind == "or" else all(found)
+        return "yes" if true else "no"
+    if len(found[0]) != 1:
+        return None
+    value = getattr(found[0][0], form.attribute)
+    if form.kind == "attribute":
+        return "yes" if value == form.values[0] else "no"
+    return value
+
+
+def test_statements_are_true_or_false_as_asked():
+    scenes, rand = world.draw_scenes(300, np.random.default_rng(7)), random.Random(7)
+    for scene in scenes:
+        assert verdict(world.statement(scene, True, rand), scene) == "yes"
+        assert verdict(world.statement(scene, False, rand), scene) == "no"
+
+
+Seen = collections.namedtuple("Seen", "size colour shape side x y")
+
+
+def scenes_from_features(folder):
+    """Image id -> objects, read from region features and boxes alone (nearest sum of vectors)."""
+    ids = (folder / "ids.txt").read_text().split()
+    features, boxes = np.load(folder / "features.npy"), np.load(folder / "boxes.npy")
+    assert features.shape == (len(set(ids)), 4, 64) and features.dtype == np.float16
+    assert (0 <= boxes).all() and (boxes <= 32).all() and (boxes[..., 2:] > boxes[..., :2]).all()
+    kinds = list(itertools.product(SIZES, COLOURS, SHAPES))
+    prototypes = [sum(world.VECTORS[word] for word in kind) for kind in kinds]
+    prototypes = np.stack([*prototypes, world.VECTORS["background"]])
+    flat = features.reshape(-1, 64).astype(np.float64)
+    nearest = ((prototypes**2).sum(1) - 2 * flat @ prototypes.T).argmin(1).reshape(-1, 4)
+    centres = (boxes[..., :2] + boxes[..., 2:]) / 2
+    scenes = {}
+    for image, row, places in zip(ids, nearest, centres):
+        scenes[image] = [Seen(*kinds[kind], "left" if x < 16 else "right", x, y)
+                         for kind, (x, y) in zip(row, places) if kind < len(kinds)]
+        assert len(scenes[image]) in (2, 3)
+    return scenes
+
+
+def assert_images_show(scenes, path_of):
+    """In the centre of every object the JPEG has its colour."""
+    palette = np.array([world.RGB[colour] for colour in COLOURS])
+    for image, scene in scenes.items():
+        with Image.open(path_of(image)) as file:
+            assert file.format == "JPEG" and file.size == (32, 32)
+            pixels = np.asarray(file, float)
+        for thing in scene:
+            x, y = int(thing.x), int(thing.y)
+            seen = pixels[y - 1 : y + 1, x - 1 : x + 1].mean((0, 1))
+            assert COLOURS[abs(palette - seen).sum(1).argmin()] == thing.colour, (image, thing)
+
+
+def test_gqa_agrees_with_features_and_images(folder, meanings):
+    scenes = scenes_from_features(folder / "gqa/features")
+    assert len(scenes) == 1500 + 125 + 48 + 125 + 250
+    assert_images_show(scenes, lambda image: folder / f"gqa/images/{image}.jpg")
+    labels, asked = data.read_labels(str(folder)), 0
+    assert labels[:3] == ["yes", "no", "red"] and len(labels) == 15
+    for split, language in (("train", "en"), ("dev", "en"), ("test", "ko"), ("few-shot", "de")):
+        for one in records_of(folder, "xgqa", split, language, 48):
+            answer = verdict(meanings[language][one.text], scenes[one.image])
+            assert one.answers == {answer: 1.0} and answer in labels
+            asked += 1
+    assert asked == 6000 + 500 + 1000 + 480
+
+
+def test_xvnli_and_captions_agree_with_features_and_images(folder, meanings):
+    scenes = scenes_from_features(folder / "flickr30k/features")
+    assert_images_show(scenes, lambda image: folder / f"flickr30k/flickr30k-images/{image}.jpg")
+    labels = collections.Counter()
+    names = {"yes": "entailment", "no": "contradiction", None: "neutral"}
+    for split, language in (("train", "en"), ("dev", "en"), ("test", "ar"), ("few-shot", "ru")):
+        for one in records_of(folder, "xvnli", split, language, 48):
+            form, scene = meanings[language][one.text], scenes[one.image]
+            assert one.label == names[verdict(form, scene)]
+            assert one.label != "neutral" or not fits(form.phrases[0], scene)
+            labels[split, one.label] += 1
+    assert labels.total() == 6000 + 500 + 1000 + 192 and min(labels.values()) > 60
+    train = records_of(folder, "xflickrco", "train")
+    said = {verdict(meanings["en"][one.text], scenes[one.image]) for one in train}
+    assert said == {"yes"} and len(train) == 6000
+    scenes = scenes_from_features(folder / "xFlickrCO/features")
+    places = {False: "flickr30k/flickr30k-images", True: "mscoco/val2014"}
+    assert_images_show(scenes, lambda image: folder / places["COCO" in image] / f"{image}.jpg")
+    test = records_of(folder, "xflickrco", "test", "tr")
+    images = [one.image for one in test]
+    assert ["COCO" in image for image in images] == [False] * 100 + [True] * 100
+    for one in test:  # true of its own image and of no other
+        form = meanings["tr"][one.text]
+        assert [image for image in images if verdict(form, scenes[image]) == "yes"] == [one.image]
+
+
+SHOTS = {"xgqa": (1, 5, 48), "xvnli": (1, 10, 48), "xflickrco": (1, 25, 100)}
+
+
+@pytest.mark.parametrize("task", SHOTS)
+def test_the_readers_of_iglue_read_every_file_and_languages_are_parallel(task, folder, meanings):
+    """The records of all languages have the same meanings. Splits share no image."""
+    images = {}
+    splits = [("dev", 0), ("test", 0)] + [("few-shot", number) for number in SHOTS[task]]
+    for split, shots in splits:
+        told = []
+        for language in data.LANGUAGES[task][1 if shots else 0 :]:
+            told.append([(one.id, one.image, one.label, one.answers, meanings[language][one.text])
+                         for one in records_of(folder, task, split, language, shots)])
+        assert all(records == told[0] for records in told)
+        images[shots or split] = {record[1] for record in told[0]}
+    few, more, most = (images[shots] for shots in SHOTS[task])
+    assert (len(few), len(more), len(most)) == SHOTS[task] and few < more < most
+    train = {one.image for one in records_of(folder, task, "train")}
+    apart = [train, images["dev"], images["test"], most]
+    assert sum(map(len, apart)) == len(set().union(*apart))
+    keys = sorted(images["test"])
+    regions = data.Regions(data.feature_folder(str(folder), task, "test"), keys).batch(np.arange(5))
+    images = data.Images(str(folder), task, keys, 32).batch(np.arange(5))
+    assert regions["features"].shape == (5, 4, 64) and images["images"].shape == (5, 3, 32, 32)
+    if task == "xflickrco":
+        similar = data.read_hard_negatives(str(folder), sorted(train))
+        assert len(similar) == 3000 and {len(others) for others in similar.values()} == {20}
+
+
+def most_frequent(records, key):
+    """Text -> what its records have most often."""
+    known = collections.defaultdict(collections.Counter)
+    for one in records:
+        known[one.text][key(one)] += 1
+    return {text: counts.most_common(1)[0][0] for text, counts in known.items()}
+
+
+def test_a_model_without_eyes_is_at_chance(folder):
+    """The best answer to the same text in training, else "no" or the last option, is right in
+    about half the cases; the best label of the same statement in a third.
+    """
+    values, right = set(itertools.chain(*ATTRIBUTES.values())), collections.defaultdict(list)
+    known = most_frequent(records_of(folder, "xgqa", "train"), lambda one: next(iter(one.answers)))
+    for one in records_of(folder, "xgqa", "test"):
+        guess = "no"
+        if one.type == "choose":
+            guess = [word for word in one.text.rstrip("?").split() if word in values][-1]
+        right[one.type].append(known.get(one.text, guess) in one.answers)
+    assert abs(np.mean(right["verify"] + right["logical"]) - 0.5) < 0.07
+    assert abs(np.mean(right["choose"]) - 0.5) < 0.09
+    assert np.mean(right["query"]) < 0.45  # (1/5 + 1/4 + 1/2 + 1/2) / 4 = 0.36
+    assert len(right["query"]) > len(right["verify"]) > len(right["logical"]) > 80
+    known = most_frequent(records_of(folder, "xvnli", "train"), lambda one: one.label)
+    found = [known[one.text] == one.label for one in records_of(folder, "xvnli", "test")
+             if one.text in known]
+    assert len(found) > 500 and abs(np.mean(found) - 1 / 3) < 0.08
+
+
+# ---- A world on disk -----------------------------------------------------------------------------
+
+
+def test_same_seed_same_bytes(tmp_path):
+    worlds = []
+    for name, seed in (("first", 1), ("second", 1), ("other", 2)):
+        world.write_world(tmp_path / name, seed, FEW)
+        worlds.append(contents(tmp_path / name))
+    first, second, other = worlds
+    assert first == second and first.keys() == other.keys()
+    same = {path for path in first if first[path] == other[path]}
+    constant = ("meta.json", "ids.txt", "sizes.npy", "2ans.json", "2label.json")
+    assert same == {path for path in first if path.endswith(constant)}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Worlds of a few images."""
+    monkeypatch.setattr(world.write_world, "__defaults__", (world.WORLD_SEED, FEW))
+
+
+def test_the_command_writes_a_world_and_touches_nothing_else(few, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    assert "not a world" in refusal(world.main, [str(tmp_path / "mine")], capsys)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+    world.main([str(tmp_path / "world")])
+    printed = capsys.readouterr()
+    assert printed.err == "" and printed.out.count("\n") == 1  # no progress bar without a terminal
+    assert data.is_miniature(str(tmp_path / "world"))
+
+
+def test_a_world_is_written_once_and_anew_for_another_version(few, tmp_path, capsys):
+    path = tmp_path / "deep/world"
+    world.write_world(path)
+    labels = path / "gqa/annotations/trainval_ans2label.json"
+    written = labels.stat().st_mtime_ns
+    world.write_world(path)
+    assert labels.stat().st_mtime_ns == written and capsys.readouterr().out == ""
+    (path / "made_by.txt").write_bytes(b"\xff\xfe")
+    world.write_world(path)
+    assert labels.stat().st_mtime_ns > written and "writing it anew" in capsys.readouterr().out
+    assert [one.name for one in path.parent.iterdir()] == ["world"]
+    (tmp_path / "file").touch()
+    with pytest.raises(data.InputError, match="world: cannot write the miniature's world there"):
+        world.write_world(tmp_path / "file/world")
+
+
+def in_new_processes(number, job, *arguments):
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=job, args=arguments) for _ in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * number
+
+
+@pytest.mark.parametrize("before", ["nothing", "another version"])
+def test_several_first_starts_at_once(before, few, tmp_path):
+    path = tmp_path / "world"
+    if before == "another version":
+        path.mkdir()
+        (path / "made_by.txt").touch()
+    in_new_processes(4, world.write_world, path)
+    assert [one.name for one in tmp_path.iterdir()] == ["world"]
+    world.write_world(tmp_path / "alone")
+    assert contents(path) == contents(tmp_path / "alone")
+
+
+def prepare_in(checkout, home, temporary, told):
+    """As another user, because root may write everywhere. What it prints and returns -> file."""
+    if os.getuid() == 0:
+        os.setuid(65534)
+    os.environ.pop("XDG_CACHE_HOME", None)
+    os.environ["HOME"], tempfile.tempdir = str(home), str(temporary)
+    world.ROOT, world.WORLD = str(checkout), f"{checkout}/mini_data"
+    world.SHIPPED = f"{checkout}/miniature"
+    with open(told, "w") as file, contextlib.redirect_stdout(file):
+        print(*world.prepare("uc2"))
+
+
+def test_a_read_only_checkout_finds_a_place_and_says_so(few):
+    with tempfile.TemporaryDirectory() as folder:
+        checkout, home, temporary = (Path(folder) / name for name in ("checkout", "home", "tmp"))
+        shutil.copytree(SHIPPED, checkout / "miniature")
+        for path, mode in ((folder, 0o755), (checkout, 0o555), (home, 0o777), (temporary, 0o777)):
+            os.makedirs(path, exist_ok=True)
+            os.chmod(path, mode)
+        told = temporary / "told"
+        for place, used in ((home / ".cache", home), (temporary, "/nowhere")):
+            in_new_processes(1, prepare_in, checkout, used, temporary, told)
+            said, result = told.read_text().splitlines()
+            assert said == (f"{checkout}/mini_data: cannot be written; the miniature's world is in "
+                            f"{place}/suf-miniature")
+            assert result.split()[0] == f"{place}/suf-miniature"
+            assert data.is_miniature(f"{place}/suf-miniature")
+        checkout.chmod(0o755)
+
+
+# ---- Pre-training --------------------------------------------------------------------------------
+
+UC2_RECIPE = {
+    "lr": 0.0005, "suf_k": 1, "dropout": 0.0, "few_shot_lrs": [0.0005, 0.00025, 0.00005],
+    "image_size": 32, "micro_batch": 256, "batch_size": 64}
+CCLM_RECIPE = UC2_RECIPE | {
+    "lr": 0.001, "vision_lr": 0.001 * 2 / 3, "drop_path": 0.0, "augment": False,
+    "few_shot_lrs": [0.001, 0.0005, 0.0001]}
+
+
+@pytest.mark.parametrize("model, recipe", [("cclm", CCLM_RECIPE), ("uc2", UC2_RECIPE)])
+def test_shipped_checkpoints_load_and_have_their_recipe(model, recipe):
+    path = SHIPPED / f"{model}.pt"
+    tensors, config = read_checkpoint(str(path))
+    assert path.stat().st_size <= 1_000_000
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert config["tokenizer_sha256"] == data.Tokenizer(str(SHIPPED / "tokenizer.model")).sha256
+    assert config["recipe"] == dict.fromkeys(data.LANGUAGES, recipe)
+    assert pretrain.RECIPES[model] == recipe
+    load = {"cclm": cclm, "uc2": uc2}[model].from_pretrained
+    for task in data.LANGUAGES:
+        assert load(tensors, config, task, str(path), image_size=32, num_labels=15).task == task
+
+
+@pytest.mark.parametrize("model, losses", [
+    ("cclm", [9.3793, 9.5983, 19.8617, 16.2218]), ("uc2", [6.4790, 6.4358, 9.8335, 9.7765])])
+def test_loss_at_the_start(model, losses):
+    """Steps about phrases alone, about phrases and pairs, about sentences and pairs."""
+    tokenizer = data.Tokenizer(str(SHIPPED / "tokenizer.model"))
+    torch.manual_seed(0)
+    network = pretrain.new_model(model, tokenizer.vocabulary)
+    corpus, rng = pretrain.make_corpus(model, tokenizer, 200, 400, 0), np.random.default_rng(0)
+    for step, expected in zip((0, 1, 1200, 1201), losses, strict=True):
+        loss, _ = pretrain.pretraining_loss(network, corpus, tokenizer, rng, step, "cpu")
+        assert loss.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_building_twice_gives_the_same_bytes(tmp_path, monkeypatch, capsys):
+    few = {"SCENES": 200, "SENTENCES": 400, "PHRASE_STEPS": 3, "VISION_STEPS": 2, "CORPUS": 4000}
+    for name, value in few.items():
+        monkeypatch.setattr(pretrain, name, value)
+    pretrain.main(["--steps", "6", "--out", f"{tmp_path}/one"])
+    pretrain.main(["--steps", "6", "--out", f"{tmp_path}/two"])
+    printed = capsys.readouterr()
+    command = printed.out.splitlines()[-1]
+    assert command.startswith("next: python train.py --model cclm") and printed.err == ""
+    assert f"--checkpoint {tmp_path}/two/cclm.pt" in command
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    for model in ("cclm", "uc2"):
+        built, config = read_checkpoint(str(tmp_path / "one" / f"{model}.pt"))
+        shipped, _ = read_checkpoint(str(SHIPPED / f"{model}.pt"))
+        assert built.keys() == shipped.keys() and config["pretraining"] == {"seed": 0, "steps": 6}
+        assert all(one.shape == shipped[name].shape for name, one in built.items())
+    pretrain.main(["--model", "cclm", "--seed", "1", "--steps", "6", "--out", f"{tmp_path}/one"])
+    assert contents(tmp_path / "one") != contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([], "--out"), (["--out", "new", "--steps", "-1"], "must not be negative"),
+    (["--out", "new", "--seed", "-1"], "must not be negative"),
+    (["--out", "new", "--model", "bert"], "invalid choice"), (["--out", "file/new"], "written")])
+def test_bad_flags_get_one_line(flags, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert expected in refusal(pretrain.main, flags, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
