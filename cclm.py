@@ -169,6 +169,7 @@ class CCLM(nn.Module):
         """
         hidden = text_states
         mask = key_mask(attention_mask)
+        # a classifier on <s> needs nothing else of the last layer
         last = len(memory) - 1
         for i, keys_values in enumerate(memory):
             layer = self.cross_layers[i]
@@ -584,7 +585,7 @@ def best_answers(decoder, question_states, question_mask, trie, at_once=64):
         row = (trie.labels[node] >= 0).nonzero()[:, 0]
         label = trie.labels[node[row]]
         scored[question[row], label] = log_p[row] + logits[row, EOS]
-        # prefixes that are one token longer
+        # and prefixes that are one token longer wait for their turn
         row, child = (trie.parents == node[:, None]).nonzero(as_tuple=True)
         waiting[question[row], child] = log_p[row] + logits[row, trie.tokens[child]]
 
@@ -693,12 +694,14 @@ def from_pretrained(tensors, config, task, source, image_size=384, num_labels=No
     with torch.device("meta"):  # names and shapes only
         whole = CCLM(sizes, "pretraining")
     model = CCLM(sizes, task, **options)
+    # tables of the file's resolution -> of image_size
     resized = {}
     for name, tensor in tensors.items():
         if name.endswith("relative_position_bias_table"):
             rows = len(model.vision.blocks[0].attn.relative_position_bias_table)
             resized[name] = resize_position_table(tensor, rows)
     load(model, tensors | resized, source, whole)
+    # the decoder's layers start as the cross-modal ones
     if task == "xgqa":
         model.decoder.layers.load_state_dict(model.cross_layers.state_dict())
     return model

@@ -52,9 +52,9 @@ class Attention(nn.Module):
         # texts that share a row are side by side as its queries, so that nothing is copied
         query = self.query(x).reshape(len(keys), -1, x.shape[-1])
         query = split_heads(query, self.heads)
-        # dropout of the attention weights, which happens inside the fused kernel
-        dropout = self.dropout * self.training
-        heads = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
+        # in training with dropout of the attention weights, inside the fused kernel
+        heads = F.scaled_dot_product_attention(
+            query, keys, values, mask, self.dropout * self.training)
         attended = heads.transpose(1, 2).flatten(2)  # [B,H,T,D/H] -> [B,T,D]
         return self.output(attended.view_as(x))
 
@@ -203,6 +203,8 @@ def read_checkpoint(path):
         if plain in tensors or not torch.is_tensor(tensor):
             raise ValueError(f"{path}: entry {name!r} is not a tensor, or there twice")
         tensors[plain] = tensor
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors by name")
     return tensors, config
 
 

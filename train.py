@@ -562,6 +562,14 @@ def free_name(folder):
     return name
 
 
+def check_new(args):
+    """InputError, before anything is loaded, where a run would overwrite another one."""
+    free = free_name(args.run)
+    if free != args.run and not args.resume:
+        raise InputError(f"{args.run}: a run is already here; --resume goes on with it, --run-dir "
+                         f"{shlex.quote(free)} starts another")
+
+
 def start_folder(args, recipe, changed, model, fingerprints):
     """Make the run's folder with its args.json.
 
@@ -707,9 +715,7 @@ def run(args, stop):
     device = start(args)
     default = f"{args.model}-{args.task}-{strategy_name(args)}-seed{args.seed}"
     args.run = args.run_dir or os.path.join("runs", default)
-    if not args.resume and free_name(args.run) != args.run:
-        raise InputError(f"{args.run}: a run is already here; --resume goes on with it, "
-                         f"--run-dir {free_name(args.run)} starts another")
+    check_new(args)
     if args.data is None:
         args.data, args.checkpoint, args.tokenizer = world.prepare(args.model)
     args.miniature = data.is_miniature(args.data)

@@ -1,6 +1,6 @@
 """The miniature's world: coloured shapes, and IGLUE's own files about them.
 
-    python -m miniature.world DIR        writes the world to DIR: 5,921 images, 4 s on one core
+    python -m miniature.world DIR        writes the world to DIR: 5,921 images, in seconds
 
 `train.py` calls `prepare` where no data is given, and nobody needs to start anything by hand.
 

@@ -40,7 +40,7 @@ def ask(run, image, question, device, folder=None):
         # -log p of every label, not of all at once: their logits would fill the memory
         fused, losses = model.fuse(states, mask, memory), []
         for answers in model.answer_ids.split(64):
-            rows = torch.zeros(len(answers), dtype=torch.long, device=device)
+            rows = torch.zeros_like(answers[:, 0])  # all answer the one question
             losses.append(model.decoder.answer_losses(fused, mask, answers, rows))
         likelihoods = (-torch.cat(losses)).exp()
     values, order = likelihoods.topk(5)

@@ -161,7 +161,8 @@ def score_file(predictions, truth):
     Questions without a prediction count as wrong.
     """
     predicted = read_predictions(predictions)
-    records = data.read_gqa(truth)
+    with data.reading(truth):
+        records = data.read_gqa(truth)
     if not records:
         raise InputError(f"{truth}: no questions")
     known = {record.id for record in records}

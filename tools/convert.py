@@ -153,6 +153,7 @@ def checked(found):
 def convert(sources, folder, most=36):
     """Write the region features of all sources to a new folder: `most` regions of each image.
 
+    -> lines that tell what was done.
     InputError, naming the image, for what no model should see and for an image that occurs twice.
     """
     if os.path.lexists(folder):
@@ -161,8 +162,9 @@ def convert(sources, folder, most=36):
     try:
         data.make_folder(partial)
         with data.writing(folder):
-            write_regions(sources, partial, most)
+            lines = write_regions(sources, partial, most)
             os.rename(partial, folder)
+            return [*lines, f"written: {folder}"]
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -215,11 +217,13 @@ def write_regions(sources, folder, most):
     names = ", ".join(os.path.basename(os.path.normpath(source)) for source in sources)
     data.write_json(os.path.join(folder, "meta.json"), meta | {"source": names, "complete": True})
 
-    print(f"{len(rows):,} images, up to {max(counts)} regions of width {dim:,} each")
+    lines = [f"{len(rows):,} images, up to {max(counts)} regions of width {dim:,} each"]
     if scaled:
-        print(f"boxes of {scaled:,} images were shares of width and height: turned into pixels")
+        lines.append(f"boxes of {scaled:,} images were shares of width and height: turned into "
+                     "pixels")
     if found_most > most:
-        print(f"images have up to {found_most} regions; --boxes {found_most} keeps all")
+        lines.append(f"images have up to {found_most} regions; --boxes {found_most} keeps all")
+    return lines
 
 
 def main(argv=None):
@@ -231,8 +235,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.boxes < 1:
         parser.error("--boxes must be positive")
-    convert(args.sources, args.folder, args.boxes)
-    print(f"written: {args.folder}")
+    print(*convert(args.sources, args.folder, args.boxes), sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,17 @@
 
     python -m tools.few_shot de --shots 48 --init runs/uc2-xgqa-suf-seed0
 
-Trains on the examples of so many images, once for each learning rate of the grid. Rate and epoch are
-chosen on development data: xGQA the language's own dev set, XVNLI English dev, xFlickrCO the first
-1,000 captions of Flickr30k's validation set. Then it tests the language and English. The folder is
-that of an ordinary run, with a folder lr-RATE for each rate; --resume goes on where it stopped.
+Trains on the examples of so many images, once for each learning rate of the grid. Rate and epoch
+are chosen on development data: xGQA the language's own, XVNLI the English, xFlickrCO the first 1,000
+captions of Flickr30k's validation set. Then it tests the language and English. The folder is that of
+an ordinary run, with a folder lr-RATE for every rate.
 """
 
 import os
+import shlex
 import sys
 from argparse import Namespace
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -38,27 +39,26 @@ def parse_args(argv):
     add("--init", required=True, metavar="RUN", help="folder of the finished English run")
     add("--epochs", type=int, help="default: IGLUE's 20")
     add("--batch-size", type=int, help="default: IGLUE's, by the number of shots")
-    add("--lr", type=float, help="one learning rate instead of the grid 1e-4, 5e-5, 1e-5")
+    add("--lr", type=float, help="one learning rate instead of the grid")
+    add("--limit", type=int, help="only the first N records of every file")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
-    add("--limit", type=int, metavar="N", help="only the first N records of every file")
-    add("--data", metavar="DIR", help="where the English run's data has moved to")
-    add("--tokenizer", metavar="FILE", help="where its tokenizer has moved to")
-    add("--run-dir", dest="run", metavar="DIR", help="folder of the run (default: RUN-LANGSHOTS)")
     add("--workers", type=int, default=0, help="processes that load images (default: 0)")
+    add("--data", help="where the English run's data has moved to")
+    add("--tokenizer", help="where its tokenizer has moved to")
+    add("--run-dir", help="folder of the run (default: RUN-LANGSHOTS)")
     add("--resume", action="store_true", help="go on where the run in this folder stopped")
     args = parser.parse_args(argv)
     for name in ("shots", "epochs", "batch_size", "lr", "limit"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if (getattr(args, name) or 1) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive")
+    args.command = shlex.join(["python", "-m", "tools.few_shot", *argv])
     return args
 
 
 def few_shot_recipe(args, english):
     """The English run's recipe with IGLUE's few-shot numbers, or the flags'."""
-    sizes = BATCH_SIZES[args.task]
-    batch_size = sizes[-1][1]
-    for shots, size in reversed(sizes):
+    batch_size = max(size for _, size in BATCH_SIZES[args.task])
+    for shots, size in reversed(BATCH_SIZES[args.task]):
         if args.shots <= shots:
             batch_size = size
     rates = (args.lr,) if args.lr else tuple(english.few_shot_lrs)
@@ -70,29 +70,25 @@ def development_data(args, recipe, tokenizer, labels):
     """What rate and epoch are chosen on."""
     if args.task == "xflickrco":
         # ranking all 5,070 captions after every epoch would outlast the training
-        limit = min(args.limit or 1000, 1000)
-        fewer = Namespace(**vars(args) | {"limit": limit})
+        fewer = Namespace(**vars(args) | {"limit": min(args.limit or 1000, 1000)})
         return evaluation.load_split(fewer, recipe, tokenizer, labels, "valid", ["en"])
     language = args.few_shot if args.task == "xgqa" else "en"
     return evaluation.load_split(args, recipe, tokenizer, labels, "dev", [language])
 
 
 def run(args, stop):
-    # model, task and data come with the English run
+    # model, task and data come with the English run; its strategy has done its part
     english, recipe = evaluation.read_run(args.init, args.data, args.tokenizer)
     evaluation.read_results(args.init)  # or a line that says it is not finished
-    args = Namespace(**vars(english) | vars(args) | {
-        "data": english.data, "tokenizer": english.tokenizer, "suf": None, "lr_decay": None,
-        "train_top": None, "lp_ft": False, "only": None, "freeze": [], "order": None,
-        "suf_interval": None, "vision_lr": None, "embedding_lr": None, "grad_accum": None,
-        "deterministic": english.deterministic, "save_epochs": False, "eval_every_epoch": False})
-    args.command = f"python -m tools.few_shot {' '.join(sys.argv[1:])}"
+    places = {"data": english.data, "tokenizer": english.tokenizer}
+    nothing = dict.fromkeys(("suf", "lr_decay", "train_top", "only", "order", "suf_interval",
+                             "embedding_lr", "grad_accum", "lp_ft"))
+    ours = {"freeze": [], "save_epochs": False, "questions_per_image": 1}
+    args = Namespace(**vars(english) | vars(args) | places | nothing | ours)
     if args.few_shot == "en" or args.few_shot not in data.LANGUAGES[args.task]:
         raise InputError(f"{args.few_shot} is none of {args.task}'s languages beside English")
-    args.run = args.run or f"{args.init.rstrip(os.sep)}-{args.few_shot}{args.shots}"
-    if not args.resume and train.free_name(args.run) != args.run:
-        raise InputError(f"{args.run}: a run is already here; --resume goes on with it, "
-                         f"--run-dir {train.free_name(args.run)} starts another")
+    args.run = args.run_dir or f"{args.init.rstrip(os.sep)}-{args.few_shot}{args.shots}"
+    train.check_new(args)
     device = train.start(args)
     recipe = few_shot_recipe(args, Recipe(**vars(recipe)))
     tokenizer = data.Tokenizer(args.tokenizer)
@@ -105,23 +101,20 @@ def run(args, stop):
         evaluation.introduce(model, tokenizer, labels, args.answers)
         return model
 
-    model = load(weights)
     examples, dataset = train.training_data(args, recipe, tokenizer, labels, "few-shot")
     recipe = replace(recipe, batch_size=min(recipe.batch_size, len(examples)))
     development = development_data(args, recipe, tokenizer, labels)
     tests = evaluation.load_split(args, recipe, tokenizer, labels, "test", ["en", args.few_shot])
-    evaluation.check_features(model, dataset.pictures, development.pictures, tests.pictures)
     train.accumulation(args, recipe, examples)
     fingerprints = train.fingerprints_of(args, weights, examples, tests)
-    train.start_folder(args, recipe, [], model, fingerprints)
+    train.start_folder(args, recipe, [], load(weights), fingerprints)
     if os.path.isfile(os.path.join(args.run, "results.json")):
         say(f"{args.run} is complete")
         return
     chosen_on = ", ".join(part.source for part in development.examples.values())
-    rates = ", ".join(f"{lr:g}" for lr in recipe.few_shot_lrs)
     say(f"{args.model} on {args.task}, {args.few_shot}: {len(examples):,} examples on "
         f"{len(examples.image_keys):,} images; {recipe.epochs} epochs of batches of "
-        f"{recipe.batch_size} with each of the rates {rates}; chosen on {chosen_on}")
+        f"{recipe.batch_size}; rate and epoch chosen on {chosen_on}")
 
     # train with every rate; ties go to the rate that comes first, and to the earlier epoch
     best = {"development": -1.0}
@@ -159,8 +152,7 @@ def train_with(args, recipe, model, examples, dataset, development, device, stop
     if dist.is_initialized():
         dist.barrier()  # the log is complete for all who read it
     scores = scores_of(folder)
-    best = max(scores)
-    return {"development": best, "epoch": scores.index(best) + 1, "weights": folder}
+    return {"development": max(scores), "epoch": scores.index(max(scores)) + 1, "weights": folder}
 
 
 def scores_of(folder):
