@@ -384,6 +384,8 @@ def types(runs):
             for name in first.results()["en"].get("by_type", ()):
                 panel = panels.setdefault(name, Curves(name, "epoch", "accuracy", {}))
                 panel.lines[label(strategy)] = by_epoch(arm, name, "others")
+        if not panels:  # xFlickrCO
+            continue
         panels = list(panels.values())
         name = f"Figure 3: {title(model, task)}, accuracy by type, mean of the others{world(runs)}"
         yield Table(f"types-{model}-{task}", name, rows_of(panels), [], panels)
@@ -505,9 +507,11 @@ class Table:
 
     def cells(self):
         """-> header and rows, as text."""
-        columns = list(dict.fromkeys(column for row in self.rows for column in row))
+        columns = {"": None}
+        for row in self.rows:
+            columns |= row
         rows = [[as_text(row.get(column, "")) for column in columns] for row in self.rows]
-        return [columns, *rows]
+        return [[*columns], *rows]
 
 
 @dataclass

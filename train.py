@@ -79,16 +79,16 @@ class Recipe:
 
 
 CCLM = {"lr": 3e-5, "vision_lr": 2e-5}
-QUESTIONS = {"clean": "question", "train_words": 30, "test_words": 50, "train_tokens": 40}
 CAPTIONS = {"clean": "caption", "train_words": 80, "test_words": 80, "train_tokens": 80}
 UC2 = {"betas": (0.9, 0.999), "eps": 1e-6, "clip": 1.0}  # IGLUE's
-UC2_QUESTIONS = {"train_tokens": 40, "test_tokens": 40}
 UC2_CAPTIONS = {"train_tokens": 80, "test_tokens": 80}
 RECIPES = {
-    ("cclm", "xgqa"): Recipe(5, 256, **CCLM, **QUESTIONS),
+    ("cclm", "xgqa"): Recipe(5, 256, **CCLM, clean="question", train_words=30, test_words=50,
+                               train_tokens=40),
     ("cclm", "xvnli"): Recipe(10, 144, **CCLM, **CAPTIONS, micro_batch=36),
     ("cclm", "xflickrco"): Recipe(10, 128, **CCLM, **CAPTIONS, test_tokens=80),
-    ("uc2", "xgqa"): Recipe(5, 256, lr=4e-5, **UC2, **UC2_QUESTIONS, micro_batch=64),
+    ("uc2", "xgqa"): Recipe(5, 256, lr=4e-5, **UC2, train_tokens=40, test_tokens=40,
+                            micro_batch=64),
     ("uc2", "xvnli"): Recipe(10, 128, lr=2e-5, **UC2, **UC2_CAPTIONS, micro_batch=64),
     ("uc2", "xflickrco"): Recipe(10, 64, lr=2e-5, **UC2, **UC2_CAPTIONS, micro_batch=16),
 }
@@ -402,7 +402,7 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
 
         # means over the processes; was any of them told to stop?
-        told = torch.tensor(float(stop.number > 0), device=device)
+        told = norm.new_tensor(stop.number > 0)
         shared = torch.stack([torch.stack(losses).mean(), norm, told])
         if dist.is_initialized():
             dist.all_reduce(shared)
@@ -423,7 +423,7 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
         # save, stop if asked to, test
         if log and (done % steps == 0 or stopping):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
-            write_tensors(saved, state)
+            data.write(saved, lambda file: torch.save(state, file))
         if stopping:
             if dist.is_initialized():
                 dist.barrier()  # once one process has ended, torchrun ends the others
@@ -519,13 +519,10 @@ def add_line(log, **entry):
         log.flush()
 
 
-def write_tensors(path, content):
-    data.write(path, lambda file: torch.save(content, file))
-
-
 def write_weights(path, model):
     """The model under its official names, with what no shape tells."""
-    write_tensors(path, {"model": file_tensors(model), "config": model.config()})
+    content = {"model": file_tensors(model), "config": model.config()}
+    data.write(path, lambda file: torch.save(content, file))
 
 
 def fingerprints_of(args, weights, examples, tests):
@@ -688,7 +685,7 @@ def print_plan(args, recipe, changed, model, examples, tests):
         f"{recipe.epochs} epochs of {steps:,} steps of {recipe.batch_size}, in {args.grad_accum} "
         f"forward pass(es) on each of {ranks()[1]} process(es), {args.precision}")
     counts = [f"{language} {len(part):,}" for language, part in tests.examples.items()]
-    say(f"test: {', '.join(counts)}")
+    say("test: " + ", ".join(counts))
     say("\n    ".join(["not as in the paper:", *changed]) if changed else "recipe: the paper's")
 
     # parameters of each layer, and of what is outside the layers
@@ -699,11 +696,12 @@ def print_plan(args, recipe, changed, model, examples, tests):
     firsts = range(0, steps * recipe.epochs, steps)  # first step of every epoch
     epochs = [trainable_layers(args, recipe, step, steps, n) for step in firsts]
     rates = learning_rates(args, recipe, steps, n)
-    factors = [min(1.0, rates[f"layer {i + 1}"] / recipe.lr) for i in range(n)]
+    factors = [rates[f"layer {i + 1}"] / recipe.lr for i in range(n)]
     trains_below = "embeddings" not in args.freeze
     say(schedule.preview(epochs, sizes, outside - frozen, frozen, trains_below, factors))
-    told = [f"{name} {rate:.3g}" for name, rate in rates.items()]
-    say(f"peak learning rates: {', '.join(told)}")
+    parts = dict.fromkeys(part_of(model).values())
+    told = [f"{name} {rates[name]:.3g}" for name in parts]
+    say("peak learning rates: " + ", ".join(told))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Shared by all tests: the project is importable, one thread per test process, and where golden and real files are.
 
-The tests of train.py take as long as all others together. Where both are to run, a second pytest runs them beside.
+The tests that train take as long as all others together. Where both are to run, a second pytest
+runs them beside.
 """
 
 import json
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 # of started processes too: tiny models gain nothing from a second thread, and runs are to be equal bit for bit
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+BESIDE = ("test_train.py", "test_digests.py")
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
 
 
@@ -45,10 +47,10 @@ class Reports:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
     config, items = session.config, session.items
-    beside = [item.nodeid for item in items if item.path.name == "test_train.py"]
+    beside = [item.nodeid for item in items if item.path.name in BESIDE]
     if len(beside) in (0, len(items)) or config.getoption("collectonly") or config.getoption("usepdb"):
         return (yield)
-    items[:] = [item for item in items if item.path.name != "test_train.py"]
+    items[:] = [item for item in items if item.path.name not in BESIDE]
     with tempfile.TemporaryDirectory() as folder:
         reports, output = os.path.join(folder, "reports"), os.path.join(folder, "output")
         with open(output, "w") as file:

@@ -74,7 +74,7 @@ def row_of(path, **wanted):
 
 def test_paper_numbers():
     """Every printed mean is that of its row, but for the two that footnotes or rounding explain."""
-    for line in analysis.PAPER.strip().splitlines():
+    for line in analysis.PAPER.splitlines():
         key = line.split()[:4]
         row = analysis.paper(*key)
         if key[1] == "top6" or key[3] == "similarity":
@@ -128,10 +128,9 @@ def test_tables(tmp_path, capsys):
         "CCLM, SUF: paper"]
     row = row_of(overview, name="UC2, standard")
     assert (row["XVNLI others"], row["TR@1 en"], row["IR@1 en"], row["xGQA en"]) == ("60.0", "30.0", "31.0", "")
-    # the paper's numbers beside ours, also where its tables contradict each other
+    # the paper's numbers beside ours; a footnote tells where its tables contradict each other
     row = row_of(overview, name="UC2, standard: paper")
-    assert (row["XVNLI others"], row["TR@1 others"]) == ("61.7", "18.0")
-    assert row_of(tmp_path / "table4.csv", name="UC2, standard: paper")["others"] == "61.9"
+    assert (row["XVNLI others"], row["TR@1 others"]) == ("61.9", "18.0")
     assert row_of(tmp_path / "table6.csv", name="UC2, standard: paper", metric="IR@1")["de"] == "39.3"
     out = capsys.readouterr().out
     assert "Table 5: xGQA by language\n" in out and "61.0 ± 1.4 (2)" in out
@@ -158,15 +157,18 @@ def test_strategies(tmp_path):
                              ("decay0.75", 39), ("decay0.9-frozen-embeddings", 30)):
         write_run(tmp_path / strategy, [(60, others)], strategy=strategy)
     [table] = analysis.strategies(analysis.find_runs([str(tmp_path)]))
-    top = next(row for row in table.rows if row[""] == "top 6 layers only")
-    assert (top["others"], top["paper: en"], top["paper: others"]) == ([48], 61.9, 49.7)
+    names = [row[""] for row in table.rows]
+    top = names.index("CCLM, top 6 layers only")
+    assert table.rows[top]["others"] == [48]
+    printed = {"": "CCLM, top 6 layers only: paper", "metric": "accuracy", "en": 61.9, "others": 49.7}
+    assert table.rows[top + 1] == printed
     [panel] = table.panels
     assert panel.lines == {"layer-wise decay": ([0.75, 0.98], [[39], [41]]),
                            "standard": ([0.75, 0.98], [[40], [40]]), "SUF": ([0.75, 0.98], [[50], [50]])}
 
 
 def test_fewshot(tmp_path, capsys):
-    """Before and after, over the languages that all have; the English run where it is by now."""
+    """Before and after; runs with other languages have rows of their own; English runs by their weights."""
     runs = tmp_path / "runs"
     for strategy, before in (("standard", 40), ("suf", 50)):
         english = write_run(runs / f"en-{strategy}", [(60, before)], "uc2", strategy=strategy)
@@ -177,14 +179,14 @@ def test_fewshot(tmp_path, capsys):
                       shots=48, init=f"/gone/en-{strategy}", files=files)
     write_run(runs / "zh", [(60, 10)], "uc2", few_shot="zh", shots=48, init="/gone/en-suf", files=files)
     analyse(tmp_path, "fewshot", runs)
-    path = tmp_path / "fewshot-uc2-xgqa-48.csv"
-    assert [(row[""], row["zero-shot"], row["few-shot"]) for row in rows_of(path)] == [
-        ("standard", "40.0", "53.0"), ("SUF", "50.0", "53.0")]
-    out = capsys.readouterr().out
-    assert "means over de, ko" in out and "with SUF in the English training 41.3 to 46.7" in out
+    rows = rows_of(tmp_path / "fewshot-uc2-xgqa-48.csv")
+    columns = ("", "mean of", "accuracy zero-shot", "accuracy few-shot")
+    assert [tuple(row[column] for column in columns) for row in rows] == [
+        ("standard", "de ko", "40.0", "53.0"), ("SUF", "de ko zh", "50.0", str((52 + 54 + 10) / 3))]
+    assert "with SUF in the English training 41.3 to 46.7" in capsys.readouterr().out
     (runs / "en-suf" / "model.pt").write_text("trained again since")
-    with pytest.raises(InputError, match="zh: its English run is neither /gone/en-suf nor .*/runs/en-suf"):
-        analyse(tmp_path, "fewshot", runs / "zh")
+    with pytest.raises(InputError, match="de-suf: its English run /gone/en-suf is not among these runs"):
+        analyse(tmp_path, "fewshot", runs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,9 +202,9 @@ def test_curves(tmp_path, capsys):
     rows = rows_of(tmp_path / "curves-cclm-xgqa-accuracy.csv")
     assert [(row["epoch"], row["en"], row["bn"], row["others sd"][:4]) for row in rows] == [
         ("1", "51.0", "42.0", "2.82"), ("2", "62.0", "45.0", "1.41")]
-    assert rows[0][""] == "standard (2 seeds)"
+    assert rows[0][""] == "standard (seeds: 2)"
     out = capsys.readouterr().out
-    assert "left out, not evaluated after every epoch: UC2 on xGQA" in out
+    assert "* left out, not evaluated after every epoch: standard" in out
     assert "* left out, not evaluated after every epoch: SUF" in out
 
 
@@ -213,9 +215,9 @@ def test_types(tmp_path):
     analyse(tmp_path, "types", tmp_path / "a", tmp_path / "b")
     path = tmp_path / "types-cclm-xvnli.csv"
     row = row_of(path, name="neutral", epoch=2)
-    assert (row["standard (1 seed)"], row["SUF (1 seed)"]) == ("54.0", "60.0")
+    assert (row["standard"], row["SUF"]) == ("54.0", "60.0")
     row = row_of(path, name="entailment", epoch=1)
-    assert (row["standard (1 seed)"], row["SUF (1 seed)"]) == ("40.0", "")
+    assert (row["standard"], row["SUF"]) == ("40.0", "")
 
 
 def test_pictures(tmp_path, capsys):
@@ -223,9 +225,9 @@ def test_pictures(tmp_path, capsys):
     write_run(tmp_path / "a", [(50, 40), (60, 44)])
     write_run(tmp_path / "b", [(52, 44), (64, 46)], seed=1)
     analyse(tmp_path, "curves", tmp_path / "a", tmp_path / "b")
-    analyse(tmp_path, "schedule", "--layers", "6", "--k", "1", "--epochs", "3")
+    analyse(tmp_path, "schedule")
     said = capsys.readouterr().out
-    for name in ("schedule", "curves-cclm-xgqa-accuracy"):
+    for name in ("schedule-cclm", "curves-cclm-xgqa-accuracy"):
         path = tmp_path / f"{name}.png"
         if path.is_file():
             assert path.read_bytes().startswith(b"\x89PNG")
@@ -233,27 +235,25 @@ def test_pictures(tmp_path, capsys):
             assert f"no {path}: matplotlib is not installed" in said
 
 
-def test_schedule_picture(tmp_path, monkeypatch):
-    """Figure 1: embeddings and head always train; the layers from the top, k more per epoch."""
-    drawn = {}
-    monkeypatch.setattr(analysis, "draw", lambda about, panels, path: drawn.update(panels=panels))
-    analysis.draw_schedule([6], 2, 2, str(tmp_path))
-    [panel] = drawn["panels"]
-    green, orange, grey = analysis.TRAINS, analysis.ALWAYS, analysis.FROZEN
-    assert panel.rows == ["embeddings", 1, 2, 3, 4, 5, 6, "head"]  # layer 1 is the bottom one
-    assert panel.fields[:, 0].tolist() == [orange, grey, grey, grey, grey, green, green, orange]
-    assert panel.fields[:, 1].tolist() == [orange, grey, grey, green, green, green, green, orange]
+def test_schedule_picture():
+    """Figure 1: layers from the top, 3 more per epoch."""
+    cclm, uc2 = analysis.suf_epochs([])
+    fields = cclm.panels[0].fields  # bottom layer first, an epoch per column
+    assert fields[:, 0].tolist() == [False] * 15 + [True] * 3
+    assert fields.sum(0).tolist() == [3, 6, 9, 12, 15, 18, 18]
+    assert uc2.panels[0].fields.sum(0).tolist() == [3, 6, 9, 12, 12, 12, 12]
+    assert uc2.rows[1] == {"": "epoch 2", "top layers that train": 6}
 
 
 def test_similarities():
     """Two languages, two items; the second language says the same twice."""
     vectors = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])
-    assert analysis.similarity(vectors).tolist() == [[1.0, 0.5], [0.5, 1.0]]
+    assert analysis.similarity(vectors).tolist() == [[100, 50], [50, 100]]
     # of different items: en-en 0, 0; en-de 1, 0; de-en 0, 1; de-de 1, 1
-    assert analysis.unpaired(vectors) == pytest.approx(0.5)
+    assert analysis.unpaired(vectors) == pytest.approx(50)
     # three languages: similarity is with the language named, not with its neighbour
     vectors = torch.stack([vectors[0], vectors[1], -vectors[0]])
-    assert analysis.similarity(vectors)[0].tolist() == [1.0, 0.5, -1.0]
+    assert analysis.similarity(vectors)[0].tolist() == [100, 50, -100]
 
 
 @torch.inference_mode()
@@ -266,7 +266,6 @@ def test_alignment(tmp_path, monkeypatch):
                        miniature=True, data=args.data, tokenizer=args.tokenizer)
     train.write_weights(str(folder / "model.pt"), model)
     [run] = analysis.find_runs([str(folder)])
-    run.results["fr"]["accuracy"] = 50
     [table] = analysis.alignment([run])
 
     loaded = evaluation.load_run(str(folder), torch.device("cpu"))
@@ -308,10 +307,10 @@ def test_runs_that_cannot_share_a_table(other, message, tmp_path):
 
 
 @pytest.mark.parametrize("command, task, message", [
-    ("curves", "xgqa", "curves: none of these runs has what this needs"),
-    ("fewshot", "xgqa", "fewshot: none of these runs"),
-    ("types", "xflickrco", "types: none of these runs"),
-    ("alignment", "xflickrco", "alignment: none of these runs"),
+    ("curves", "xgqa", "none of these runs has what this needs"),
+    ("fewshot", "xgqa", "none of these runs has what this needs"),
+    ("types", "xflickrco", "none of these runs has what this needs"),
+    ("alignment", "xflickrco", "none of these runs has what this needs"),
     ("tabels", "xgqa", "invalid choice: 'tabels'"),
 ])
 def test_runs_without_what_a_command_needs(command, task, message, tmp_path):

@@ -117,6 +117,13 @@ def test_every_measurement_is_shown():
     assert set(MEASURED) == {name for _, name, text in BLOCKS if text.strip()}
 
 
+PAPER_TABLE_1 = {  # means that its Tables 4 and 6 print differently
+    ("uc2", "standard", "xvnli", "accuracy"): 61.7,
+    ("uc2", "suf", "xvnli", "accuracy"): 61.2,
+    ("cclm", "suf", "xflickrco", "text_recall_at_1"): 66.7,
+}
+
+
 def test_the_papers_table_1():
     columns = "xgqa accuracy, xvnli accuracy, xflickrco text_recall_at_1, xflickrco image_recall_at_1".split(", ")
     rows = re.findall(r"^\| (UC2|CCLM)( \+ SUF)? \|((?: +\d+\.\d \|){8})$", README, re.MULTILINE)
@@ -125,6 +132,6 @@ def test_the_papers_table_1():
         for column in columns:
             key = (model.lower(), "suf" if suf else "standard", *column.split())
             paper = analysis.paper(*key)
-            expected += [paper["en"], analysis.PAPER_TABLE_1.get(key, paper["others"])]
+            expected += [paper["en"], PAPER_TABLE_1.get(key, paper["others"])]
         assert [float(cell) for cell in row.strip("|").split("|")] == expected, (model, suf)
     assert len(rows) == 4

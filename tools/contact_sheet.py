@@ -7,13 +7,13 @@ a cross. Where the machine has no font for a language's script, a word in bracke
 """
 
 import os
+from collections import Counter
 
 from PIL import Image, ImageDraw, ImageFont
 
 import analysis
 import data
 import eval as evaluation
-from data import InputError
 
 FONTS = [
     "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSansBengali-Regular.ttf", "Arial Unicode.ttf",
@@ -25,34 +25,19 @@ COLUMNS = (220, 260, 800, 1020)  # language, question, the answers of both runs
 BLACK, GREY, GREEN, RED = "#141414", "#828282", "#14782a", "#be281e"
 
 
-def read_answers(run):
-    """-> ({language: {question id: answer}}, heading)."""
-    results, answers = evaluation.read_results(run), {}
-    if results["task"] != "xgqa":
-        raise InputError(f"{run}: a run on {results['task']}; a contact sheet shows two on xgqa")
-    for language in data.LANGUAGES["xgqa"]:
-        entries = data.read_json(os.path.join(run, "predictions", f"{language}.json"))
-        answers[language] = {entry["questionId"]: entry["prediction"] for entry in entries}
-    english = results["languages"]["en"]["accuracy"]
-    others = evaluation.mean_zero_shot(results["languages"], "accuracy")
-    name = analysis.label(results["strategy"])
-    return answers, f"{name}\ntest: en {english:.0f} %\nothers {others:.0f} %"
-
-
 def choose(records, runs):
     """The questions on which one run is right and the other wrong in most languages, one per image.
 
-    records: language -> {question id: record}; runs: as `read_answers` gives them. -> ids.
+    records: language -> {question id: record}; runs: two of language -> {question id: answer}.
     """
-    differ = {}
+    differ = Counter()
     for language, some in records.items():
         for question, record in some.items():
             right = {answers[language].get(question) in record.answers for answers in runs}
-            differ[question] = differ.get(question, 0) + len(right) - 1
+            differ[question] += len(right) - 1
     chosen = {}
-    for question in sorted(differ, key=lambda question: -differ[question]):
-        image = records["en"][question].image
-        chosen.setdefault(image, question)
+    for question, _ in differ.most_common():
+        chosen.setdefault(records["en"][question].image, question)
     return list(chosen.values())[:QUESTIONS]
 
 
@@ -74,47 +59,52 @@ def main(argv=None):
     parser.add_argument("runs", nargs=2, metavar="RUN", help="a finished run on xGQA")
     parser.add_argument("--out", default="contact_sheet.png", metavar="FILE")
     given = parser.parse_args(argv)
+
+    # both runs' answers; questions and fonts of every language
+    headings = ["where the two differ in most languages"]
+    runs = []
+    for run in given.runs:
+        headings.append(analysis.label(evaluation.read_results(run)["strategy"]))
+        answers = {}
+        for language in data.LANGUAGES["xgqa"]:
+            path = os.path.join(run, "predictions", f"{language}.json")
+            with data.reading(f"{path}, of a run on xGQA"):
+                entries = data.read_json(path)
+                answers[language] = {entry["questionId"]: entry["prediction"] for entry in entries}
+        runs.append(answers)
     args, _ = evaluation.read_run(given.runs[0])
-    (answers_a, heading_a), (answers_b, heading_b) = map(read_answers, given.runs)
-    records, fonts = {}, {}
+    records = {}
+    fonts = {}
     for language in data.LANGUAGES["xgqa"]:
         _, some = data.read_records(args.data, "xgqa", "test", language)
         records[language] = {record.id: record for record in some}
-        letters = {letter for record in some for letter in record.text}
-        fonts[language] = font_for(letters - {" "})
-    latin = font_for("✓✗")
-    tick, cross = "✓✗" if latin else "+-"
-    latin = latin or ImageFont.load_default(15)
-    chosen = choose(records, [answers_a, answers_b])
+        texts = [record.text for record in some]
+        fonts[language] = font_for(set("".join(texts).replace(" ", "")))
+    latin = font_for("✓✗") or ImageFont.load_default(15)
 
-    # the heading
+    # for each question the image, beside it a line per language
+    chosen = choose(records, runs)
     block = (len(records) + 2) * LINE
-    sheet = Image.new("RGB", (WIDTH, 4 * LINE + len(chosen) * block), "white")
+    sheet = Image.new("RGB", (WIDTH, 2 * LINE + len(chosen) * block), "white")
     draw = ImageDraw.Draw(sheet)
-    headings = "xGQA: where the two differ in most languages", heading_a, heading_b
     for x, text in zip(COLUMNS[1:], headings):
         draw.text((x, LINE // 2), text, GREY, latin)
-
     for number, question in enumerate(chosen):
-        y = 4 * LINE + number * block
+        y = 2 * LINE + number * block
         record = records["en"][question]
         picture = data.read_image(data.image_path(args.data, "xgqa", record.image))
         sheet.paste(picture.resize((IMAGE, IMAGE)), (LINE // 2, y))
         draw.text((COLUMNS[1], y), f"answer: {', '.join(record.answers)}", BLACK, latin)
         for language, font in fonts.items():
             y += LINE
-            text = records[language][question].text
-            if font is None:
-                text = "(no font for this script)"
+            text = records[language][question].text if font else "(no font for this script)"
             draw.text((COLUMNS[0], y), language, GREY, latin)
             draw.text((COLUMNS[1], y), text, BLACK, font or latin)
-            for x, answers in zip(COLUMNS[2:], (answers_a, answers_b)):
+            for x, answers in zip(COLUMNS[2:], runs):
                 said = answers[language].get(question, "")
-                color, mark = RED, cross
-                if said in record.answers:
-                    color, mark = GREEN, tick
+                mark, color = ("✓", GREEN) if said in record.answers else ("✗", RED)
                 draw.text((x, y), f"{mark} {said}", color, latin)
-    data.write(given.out, lambda file: sheet.save(file, "PNG", optimize=True))
+    data.write(given.out, lambda file: sheet.save(file, "PNG"))
     print(f"contact sheet: {given.out}")
 
 

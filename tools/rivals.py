@@ -18,7 +18,6 @@ test set's images anew for one pair of runs: it covers the chance in the choice 
 import math
 import os
 import statistics
-from argparse import Namespace
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -28,7 +27,7 @@ import analysis
 import data
 import eval as evaluation
 import train
-from analysis import TASKS, Table, label, numbers
+from analysis import Table, label, numbers
 from tools import few_shot
 from tools.compare import DRAWS, paired_bootstrap, paired_outcomes
 
@@ -80,9 +79,8 @@ def paired(arm, baseline):
     return {seed: arm[seed] for seed in seeds}, {seed: baseline[seed] for seed in seeds}
 
 
-def difference_cells(name, a, b):
-    """Cells of a table's row: the mean of b - a over the seeds, and its interval."""
-    differences = [y - x for x, y in zip(a, b)]
+def interval_cells(name, differences):
+    """Three cells of a table's row: the mean difference and its interval."""
     return dict(zip([name, f"{name} from", f"{name} to"], t_interval(differences)))
 
 
@@ -96,23 +94,20 @@ def differences(arms, metric):
                 continue
             row = {"": f"{label(strategy)} - {label(baseline)}"}
             for language in ("en", "others"):
-                a = numbers(other, metric, language)
-                b = numbers(arm, metric, language)
-                row |= difference_cells(language, a, b)
-            signs = [y - x for x, y in zip(a, b)]
-            row["seeds above"] = f"{sum(sign > 0 for sign in signs)} of {len(signs)}"
-            row["sign test p"] = f"{sign_test(signs):.2f}"
+                pairs = zip(numbers(arm, metric, language), numbers(other, metric, language))
+                found = [a - b for a, b in pairs]
+                row |= interval_cells(language, found)
+            row["seeds above"] = f"{sum(difference > 0 for difference in found)} of {len(found)}"
+            row["sign test p"] = f"{sign_test(found):.2f}"
 
-            # over test images, for the first pair that has predictions
-            a = next(iter(other.values()))
-            b = next(iter(arm.values()))
-            if a.folder and b.folder:
+            # over test images, for the first seed, if both runs have predictions
+            a, b = next(zip(other.values(), arm.values()))
+            if b.folder:
                 outcomes = []
                 for language in data.LANGUAGES[a.args.task][1:]:
                     outcomes.append(paired_outcomes(a.folder, b.folder, a.args, language, metric))
                 low, high = paired_bootstrap(outcomes, DRAWS, range(len(outcomes)))
-                row["one seed, images from"] = float(low)
-                row["to"] = float(high)
+                row |= {"one seed, images from": float(low), "to": float(high)}
             rows.append(row)
     return rows
 
@@ -142,35 +137,34 @@ def at_english(curve, english):
         before = en, others
 
 
+def curve_of(run, metric):
+    """(English, mean of the others) per epoch; [] for a run that was not tested after each."""
+    curve = []
+    if len(run.epochs) == max(run.epochs) > 1:
+        for _, results in sorted(run.epochs.items()):
+            others = evaluation.mean_zero_shot(results, metric)
+            curve.append((results["en"][metric], others))
+    return curve
+
+
 def equal_english(arms, metric):
     """Rows: standard fine-tuning and another strategy, both at the same English."""
     rows = []
     for strategy, arm in arms.items():
-        pair = paired(arms.get("standard", {}), arm)
-        complete = True
-        curves = []  # of both strategies: one per seed
-        for some in pair:
-            of_seeds = []
-            for seed, run in some.items():
-                complete &= len(run.epochs) == max(run.epochs) > 1
-                curve = []
-                for epoch in sorted(run.epochs):
-                    [english] = numbers({seed: run}, metric, "en", epoch)
-                    [others] = numbers({seed: run}, metric, "others", epoch)
-                    curve.append((english, others))
-                of_seeds.append(curve)
-            curves.append(of_seeds)
-        if strategy == "standard" or not complete or not pair[0]:
-            continue
         row = {"": label(strategy), "English": [], "standard there": [], "it there": []}
-        for both in zip(*curves):
-            # the lower of the two best English numbers; max compares English first
-            reached = min(max(curve)[0] for curve in both)
-            row["English"].append(reached)
-            row["standard there"].append(at_english(both[0], reached))
-            row["it there"].append(at_english(both[1], reached))
-        row |= difference_cells("difference", row["standard there"], row["it there"])
-        rows.append(row)
+        arm, standard = paired(arm, arms.get("standard", {}))
+        for seed, run in arm.items():
+            a = curve_of(standard[seed], metric)
+            b = curve_of(run, metric)
+            if a and b and strategy != "standard":
+                # the lower of the two best English numbers, which come first in max
+                english = min(max(a)[0], max(b)[0])
+                row["English"].append(english)
+                row["standard there"].append(at_english(a, english))
+                row["it there"].append(at_english(b, english))
+        if row["English"]:
+            pairs = zip(row["it there"], row["standard there"])
+            rows.append(row | interval_cells("difference", [a - b for a, b in pairs]))
     return rows
 
 
@@ -194,32 +188,28 @@ def post_hoc(run):
     device, moved = evaluation.accelerator(), (run.args.data, run.args.tokenizer)
     model, tokenizer, labels, args, recipe = evaluation.load_run(run.folder, device, None, *moved)
     test = evaluation.load_split(args, recipe, tokenizer, labels, "test")
-    english = Namespace(**vars(args) | {"few_shot": "en"})
-    dev = few_shot.development_data(english, recipe, tokenizer, labels)
+    args.few_shot = "en"
+    dev = few_shot.development_data(args, recipe, tokenizer, labels)
+    metric, _ = evaluation.headline(args.task)[0]
     found = {}
 
     def score(split):
         return evaluation.evaluate(model, split, device, args.precision, args.workers)[0]
 
-    def score_dev():
-        scores = score(dev)["en"]
-        return statistics.fmean(scores[metric] for metric, _ in evaluation.headline(args.task))
-
     # one more layer back at a time; the last that is good enough stays in `found`
-    least = score_dev() - 1
+    least = score(dev)["en"][metric] - 1
     before = train.load_model(args, device, len(labels))[0]
     for layer, its_start in zip(model.layers, before.layers):
         layer.load_state_dict(its_start.state_dict())
-        if score_dev() >= least:
+        if score(dev)["en"][metric] >= least:
             found[REVERTED] = score(test)
 
-    # means of the weights after the last n epochs
-    total = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    # running means of the weights, from the last epoch backwards
     for n in range(1, recipe.epochs + 1):
         epoch = recipe.epochs + 1 - n
-        saved = evaluation.load_run(run.folder, device, epoch, *moved)[0]
-        for summed, parameter, mean in zip(total, saved.parameters(), model.parameters()):
-            mean.copy_(summed.add_(parameter) / n)
+        saved, *_ = evaluation.load_run(run.folder, device, epoch, *moved)
+        for mean, parameter in zip(model.parameters(), saved.parameters()):
+            mean.lerp_(parameter, 1 / n)
         if n in (2, recipe.epochs):
             found[f"standard, mean of the last {n} epochs"] = score(test)
     data.write_json(path, found)
@@ -255,10 +245,10 @@ def drift(run):
     for name, part in train.part_of(model).items():
         if part != "head":
             start = before.get_parameter(name)
-            change = model.get_parameter(name) - start
-            changed[part] += change.square().sum().item()
-            size[part] += start.square().sum().item()
-    return {part: 100 * math.sqrt(changed[part] / size[part]) for part in size}
+            change = torch.dist(model.get_parameter(name), start).item()
+            changed[part] = math.hypot(changed[part], change)
+            size[part] = math.hypot(size[part], start.norm().item())
+    return {part: 100 * changed[part] / size[part] for part in size}
 
 
 def drift_rows(arms):
@@ -275,17 +265,18 @@ def drift_rows(arms):
 def baselines(task, folder):
     """Rows: what the test set's most frequent answer gives; in xGQA also that of each type."""
     _, records = data.read_records(folder, task, "test")
-    everything = Counter()
-    by_type = defaultdict(Counter)
-    for record in records:
-        answer = record.label or next(iter(record.answers))
-        everything[answer] += 1
-        by_type[record.type][answer] += 1
-    right = {"the most frequent answer": max(everything.values())}
+    kinds = {"the most frequent answer": False}
     if task == "xgqa":
-        most = [max(counts.values()) for counts in by_type.values()]
-        right["the most frequent answer of each type of question"] = sum(most)
-    return [{"": name, "accuracy": 100 * n / len(records)} for name, n in right.items()]
+        kinds["the most frequent answer of each type of question"] = True
+    rows = []
+    for name, by_type in kinds.items():
+        counts = defaultdict(Counter)
+        for record in records:
+            answer = record.label or next(iter(record.answers))
+            counts[by_type and record.type][answer] += 1
+        right = sum(max(answers.values()) for answers in counts.values())
+        rows.append({"": name, "accuracy": 100 * right / len(records)})
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,26 +284,23 @@ def baselines(task, folder):
 
 def report(runs):
     """All tables that these runs allow."""
-    folders = {}
     for (model, task), arms in analysis.grouped(runs).items():
         about = f"{analysis.title(model, task)}{analysis.world(runs)}"
         files = f"{model}-{task}"
-        made = [Table(f"drift-{files}", f"{about}: distance from the pre-trained weights in "
-                      "percent of their norm", drift_rows(arms), ["layer 1 is the bottom one"])]
         others = arms | post_hoc_arms(arms.get("standard", {}))
         for metric, heading in evaluation.headline(task):
-            rows = differences(others, metric)
-            name = f"{about}: differences in {heading}"
-            made.append(Table(f"differences-{files}-{metric}", name, rows, [DIFFERENCES]))
-            rows = equal_english(arms, metric)
-            name = f"{about}: {heading}, mean of the others at equal English"
-            made.append(Table(f"equal-english-{files}-{metric}", name, rows, [EQUAL_ENGLISH]))
-        yield from (table for table in made if table.rows)
-        [folders[task], *_] = [run.args.data for arm in arms.values() for run in arm.values()]
-    for task, folder in folders.items():
+            if rows := differences(others, metric):
+                name = f"{about}: differences in {heading}"
+                yield Table(f"differences-{files}-{metric}", name, rows, [DIFFERENCES])
+            if rows := equal_english(arms, metric):
+                name = f"{about}: {heading}, mean of the others at equal English"
+                yield Table(f"equal-english-{files}-{metric}", name, rows, [EQUAL_ENGLISH])
+        name = f"{about}: distance from the pre-trained weights in percent of their norm"
+        yield Table(f"drift-{files}", name, drift_rows(arms), ["layer 1 is the bottom one"])
         if task != "xflickrco":
-            name = f"{TASKS[task]}{analysis.world(runs)}: baselines, the same in all languages"
-            yield Table(f"baselines-{task}", name, baselines(task, folder))
+            [first, *_] = next(iter(arms.values())).values()
+            name = f"{about}: baselines, the same in all languages"
+            yield Table(f"baselines-{files}", name, baselines(task, first.args.data))
 
 
 def main(argv=None):
