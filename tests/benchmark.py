@@ -254,10 +254,10 @@ def training(args):
         train.compile_layers(model)
         row = {"ours, bf16, --compile": rows["ours, bf16"]}
         medians |= ladder(args, "The same, compiled", row)[0]
-    for name in medians.keys() & {"ours", "ours, bf16", "ours, bf16, --compile"}:
+    for name in [name for name in medians if "bf16" in name and "per-image" not in name]:
         rate = flops / medians[name]
         shares = [f"{rate / peak:.0%} of its peak" for card, peak in PEAKS.items() if card in NAME]
-        print(f"  {name}: {rate / 1e12:.3f} TFLOP/s on {NAME}", *shares[:1], flush=True)
+        print(f"  {name}: {rate / 1e12:.4f} TFLOP/s on {NAME}", *shares[:1], flush=True)
 
 
 def train_on(size, steps, lr, bf16, **dropout):
@@ -317,7 +317,7 @@ def strategies(args):
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 def answering_cclm(size, peaked, labels=1842):
-    """CCLM for xGQA and so many labels; its decoder is untrained, or knows how frequent they are."""
+    """CCLM for xGQA, with a decoder that is untrained, or knows how frequent the labels are."""
     torch.manual_seed(0)
     model = cclm.CCLM(CCLM[size], "xgqa").to(DEVICE).eval()
     rows = [tuple(row[1:-1].tolist()) for row in texts(6000, 4) if len(row) < 8]
@@ -364,16 +364,13 @@ def answers(args):
 
 @torch.inference_mode()
 def memory(args):
-    """What the answer search takes at most: 64 questions, an untrained decoder.
-
-    100 labels are enough: 1,842 take hours of a CPU and a few megabytes more.
-    """
+    """What the answer search takes at most; more labels take longer, and a few megabytes more."""
     model = answering_cclm(args.size, False, labels=100)
     input_ids, mask = padded(texts(64, 14))
     states = model.encode_texts(input_ids, mask)
     _, peak = peak_of(lambda: cclm.best_answers(model.decoder, states, mask, model.trie))
-    print(f"\nThe answer search, CCLM, {args.size}, the decoder is untrained, 64 questions: "
-          f"{peak / 1e9:.2f} GB", flush=True)
+    print(f"\nThe answer search, CCLM, {args.size}, 64 questions, 100 labels, the decoder is "
+          f"untrained: {peak / 1e9:.2f} GB", flush=True)
 
 
 @torch.inference_mode()
