@@ -39,7 +39,7 @@ RECALLS = (1, 5, 10)
 ID_FIELD = {"xgqa": "questionId", "xvnli": "id"}  # of a prediction
 # What goes through the model at once, by kind of device. Of tokens, padding counts as well.
 IMAGES_AT_ONCE = {"cpu": 16, "cuda": 64}
-TOKENS_AT_ONCE = {"cpu": 1536, "cuda": 8192}
+TOKENS_AT_ONCE = {"cpu": 1536, "cuda": 4096}
 
 
 # --------------------------------------------------------------------------------------------------

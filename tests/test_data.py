@@ -775,8 +775,10 @@ class Failing:
 
 
 def children():
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True)
-    return len(found.stdout.split()) - 1  # without ps itself
+    """Processes of this one's program; a second pytest may run beside, and ps itself does."""
+    command = ["ps", "-o", "args=", "--ppid", str(os.getpid())]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return len([line for line in found if "--reports" not in line and not line.startswith("ps ")])
 
 
 @pytest.mark.parametrize("workers", [1, 3])

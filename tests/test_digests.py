@@ -39,7 +39,7 @@ def machine():
 
 def training_digest(model, task, *flags, folder):
     """Losses and norms of every step, results and predictions of a short run."""
-    size = ["--limit", "64", "--batch-size", "32"] if task == "xflickrco" else ["--limit", "192"]  # every pair is scored
+    size = ["--limit", "32", "--batch-size", "16"] if task == "xflickrco" else ["--limit", "192"]  # every pair is scored
     train.main(["--model", model, "--task", task, *flags, *size, "--workers", "0", "--run-dir", str(folder)])
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if "loss" in entry]
