@@ -446,7 +446,7 @@ def compile_layers(model):
 def seed_part(seed, step, part):
     """Seed dropout and stochastic depth of one part of one step, whichever process runs it."""
     [number] = np.random.SeedSequence((seed, step, part)).generate_state(1, np.uint64)
-    torch.manual_seed(int(number >> 1))
+    torch.manual_seed(int(number) >> 1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -403,15 +403,14 @@ def test_questions_per_image(tiny, tmp_path):
 def test_compile_across_phases(tiny, tmp_path, monkeypatch):
     """--compile gives the weights of the run without, over two phases of the schedule.
 
-    Traced and differentiated ahead of time as always, but not turned into machine code, which takes
-    a minute.
+    Traced as always, but not turned into machine code, which takes a minute.
     """
     file = torch.load(tiny / "uc2.pt", weights_only=True)
     file["config"]["recipe"]["xvnli"] |= {"dropout": 0.0}
     torch.save(file, tmp_path / "no-dropout.pt")
     flags = ["--suf", "--limit", 32, "--batch-size", 16, "--checkpoint", tmp_path / "no-dropout.pt"]
     run(train_command(tiny, "uc2", "xvnli", tmp_path / "eager", *flags))
-    compiler = functools.partial(torch.compile, backend="aot_eager")
+    compiler = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", compiler)
     run(train_command(tiny, "uc2", "xvnli", tmp_path / "compiled", *flags, "--compile"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
@@ -698,21 +697,6 @@ def test_two_processes_equal_one(model, task, one_and_two):
 @pytest.mark.parametrize("model, task", PAIRS)
 def test_two_processes_resumed_equal_uninterrupted(model, task, one_and_two):
     assert_same_run(one_and_two / f"{model}-{task}-2", one_and_two / f"{model}-{task}-resumed")
-
-
-def test_two_machines_equal_one_process(tiny, one_and_two):
-    """Two torchruns that meet as those of two machines do, on a disk that they share."""
-    folder = one_and_two / "two-machines"
-    flags = train_command(tiny, "uc2", "xgqa", folder, "--suf", "--limit", 64, "--grad-accum", 1)
-    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint",
-            f"127.0.0.1:{PORT + 1}"]
-    command = [*torchrun(ROOT / "train.py", *meet), *flags]
-    machines = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                for _ in range(2)]
-    outputs = [machine.communicate(timeout=120)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], outputs
-    assert sum("mean of 7 others" in output for output in outputs) == 1  # only one of them reports
-    assert_close_runs(one_and_two / "uc2-xgqa-1", folder)
 
 
 def test_two_processes_stop_by_a_signal_and_another_number_goes_on(tiny, tmp_path):
