@@ -1,7 +1,7 @@
 """Fine-tune CCLM or UC2 on English, with scheduled unfreezing (SUF) or without; test all languages.
 
     python train.py --model cclm --task xgqa --suf
-        on the embedded miniature: no data, no GPU, about a minute
+        on the embedded miniature: no data, no GPU, about two minutes
     python train.py --model cclm --task xgqa --suf --data IGLUE \\
                     --checkpoint cclm_x2vlm_base.th --tokenizer sentencepiece.bpe.model
         the paper's experiment
@@ -110,7 +110,8 @@ def recipe_of(args, config):
     for name in own | flags:
         value, printed = getattr(recipe, name), getattr(paper, name)
         if value != printed and not name.startswith("few_shot"):
-            changed.append(f"{name} {value} (paper: {printed})")
+            shown = f"{value:.3g}" if isinstance(value, float) else value
+            changed.append(f"{name} {shown} (paper: {printed})")
     return recipe, changed
 
 
