@@ -19,7 +19,6 @@ Letters: L languages, N items of the test set, D width, B texts of a batch.
 import argparse
 import csv
 import glob
-import io
 import os
 import re
 import statistics

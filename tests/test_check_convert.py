@@ -12,7 +12,6 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
 
 import data
 from data import InputError
