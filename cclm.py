@@ -98,7 +98,9 @@ class CCLM(nn.Module):
             self.itm_head = mlp_head(s.width, 2)
         if task == "pretraining":
             self.bbox_head = mlp_head(s.width, 4)
-            self.mlm_head = MaskedLanguageHead(s.width, s.vocabulary)
+            # its output matrix is its own, not tied to the word embeddings
+            self.mlm_head = nn.Sequential(Linear(s.width, s.width), nn.GELU(),
+                                          LayerNorm(s.width, eps=1e-5), Linear(s.width, s.vocabulary))
         self.apply(init_weights)
         self.vision.init_weights()
 
@@ -284,10 +286,12 @@ class CCLM(nn.Module):
 
         image_rows [B]: each text's negative image; text_rows [B]: each image's negative text.
         """
-        # images and texts of all processes; texts are as long as the longest of them
-        all_texts, all_masks = gather_texts(text_states, attention_mask)
-        texts = pad_to(text_states, all_texts.shape[1])
-        masks = pad_to(attention_mask, all_masks.shape[1])
+        # images and texts of all processes; texts as long as the longest of them
+        length = torch.tensor(text_states.shape[1], device=text_states.device)
+        if dist.is_initialized():
+            dist.all_reduce(length, dist.ReduceOp.MAX)
+        texts, masks = pad_to(text_states, int(length)), pad_to(attention_mask, int(length))
+        all_texts, all_masks = gather(texts), gather(masks)
         negative_images = gather(image_states)[image_rows]
         memory = self.image_memory(torch.cat([image_states, negative_images]))
         # pairs: (text, its image), (text, negative image), (negative text, image)
@@ -350,19 +354,6 @@ def mlp_head(width, outputs):
                          Linear(2 * width, outputs))
 
 
-class MaskedLanguageHead(nn.Module):
-    """Pre-training only. Its output matrix is its own, not tied to the word embeddings."""
-
-    def __init__(self, width, vocabulary):
-        super().__init__()
-        self.dense = Linear(width, width)
-        self.norm = LayerNorm(width, eps=1e-5)
-        self.output = Linear(width, vocabulary)
-
-    def forward(self, hidden):
-        return self.output(self.norm(F.gelu(self.dense(hidden))))
-
-
 # --------------------------------------------------------------------------------------------------
 # Retrieval: gathering over processes, contrastive loss, hard negatives
 
@@ -389,17 +380,6 @@ def gather(x):
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     return Gather.apply(x.contiguous())
-
-
-def gather_texts(text_states, attention_mask):
-    """`gather` for texts that each process padded to its own length."""
-    longest = text_states.shape[1]
-    if dist.is_initialized():
-        # of all processes
-        length = torch.tensor(longest, device=text_states.device)
-        dist.all_reduce(length, dist.ReduceOp.MAX)
-        longest = int(length)
-    return gather(pad_to(text_states, longest)), gather(pad_to(attention_mask, longest))
 
 
 def pad_to(x, length):
@@ -529,18 +509,9 @@ def best_answers(decoder, question_states, question_mask, trie, at_once=64):
 
     -> (labels [Q], their log-likelihoods [Q]). Exact: no label is likelier, and of equally likely
     ones it is the first. Few labels are scored, because nothing that continues a prefix is likelier
-    than the prefix. Memory: `at_once` questions are searched together, and `at_once` prefixes are
-    run together, each from <s> on ([at_once,V] logits; 0.4 GB at base size).
+    than the prefix. Memory: `at_once` prefixes are run together, each from <s> on ([at_once,V]
+    logits; 0.4 GB at base size).
     """
-    # a part of the questions at a time
-    if len(question_states) > at_once:
-        labels, scores = [], []
-        for states, mask in zip(question_states.split(at_once), question_mask.split(at_once)):
-            part_labels, part_scores = best_answers(decoder, states, mask, trie, at_once)
-            labels.append(part_labels)
-            scores.append(part_scores)
-        return torch.cat(labels), torch.cat(scores)
-
     memory = decoder.memory(question_states)
     # log p of prefixes that are known and not run yet, at first <s>, and of labels that were scored
     shape = (len(question_states), len(trie.tokens))
@@ -627,10 +598,10 @@ OFFICIAL_NAMES = BERT_LAYER_NAMES + [
     (r"^decoder\.bias", "text_decoder.cls.predictions.bias"),
     (r"^decoder\.dense\.", "text_decoder.cls.predictions.transform.dense."),
     (r"^decoder\.norm\.", "text_decoder.cls.predictions.transform.LayerNorm."),
-    (r"^mlm_head\.dense\.", "mlm_head.predictions.transform.dense."),
-    (r"^mlm_head\.norm\.", "mlm_head.predictions.transform.LayerNorm."),
-    (r"^mlm_head\.output\.weight", "mlm_head.predictions.decoder.weight"),
-    (r"^mlm_head\.output\.bias", "mlm_head.predictions.bias"),
+    (r"^mlm_head\.0\.", "mlm_head.predictions.transform.dense."),
+    (r"^mlm_head\.2\.", "mlm_head.predictions.transform.LayerNorm."),
+    (r"^mlm_head\.3\.weight", "mlm_head.predictions.decoder.weight"),
+    (r"^mlm_head\.3\.bias", "mlm_head.predictions.bias"),
 ]
 
 

@@ -346,21 +346,6 @@ def clean_caption(text, max_words):
     return " ".join(text.split(" ")[:max_words])
 
 
-class Ragged:
-    """Rows of different lengths in one flat array, which worker processes share without copies."""
-
-    def __init__(self, rows):
-        self.lengths = np.array(list(map(len, rows)))
-        self.ends = self.lengths.cumsum()
-        self.values = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32)
-
-    def __len__(self):
-        return len(self.ends)
-
-    def __getitem__(self, i):
-        return self.values[self.ends[i] - self.lengths[i] : self.ends[i]]
-
-
 class Tokenizer:
     """XLM-R's tokenizer: a sentencepiece model with fairseq's ids.
 
@@ -381,14 +366,14 @@ class Tokenizer:
         self.mask = self.vocabulary - 1
 
     def __call__(self, texts, max_tokens=None):
-        """Texts -> Ragged rows <s> … </s>, cut to max_tokens with both ends kept."""
+        """Texts -> token rows <s> … </s> (int32), cut to max_tokens with both ends kept."""
         rows = []
         for pieces in self.model.encode(list(texts)):
             if max_tokens:
                 pieces = pieces[: max_tokens - 2]
             ids = [piece + 1 if piece else UNK for piece in pieces]
-            rows.append([BOS, *ids, EOS])
-        return Ragged(rows)
+            rows.append(np.array([BOS, *ids, EOS], dtype=np.int32))
+        return rows
 
     def check(self, expected_sha256, vocabulary):
         """InputError if the checkpoint has another vocabulary. -> a warning, or None, if only the
@@ -543,7 +528,6 @@ class Regions:
     features.npy     [N,V,F] float16, memory-mapped; V: the most regions of any image, zeros behind
     boxes.npy        [N,V,4] pixels            sizes.npy [N,2] w,h
     counts.npy       [N] regions of each image; without this file, V
-    meta.json        {"complete": true, …}, written last
     """
 
     def __init__(self, folder, keys):
@@ -552,14 +536,11 @@ class Regions:
             raise InputError(f"{folder}: no such folder of region features; `python -m "
                              f"tools.convert SOURCE {folder}` writes one")
         with reading(folder):
-            complete = read_json(os.path.join(folder, "meta.json"))["complete"]
             with open(os.path.join(folder, "ids.txt"), encoding="utf-8") as file:
                 self.row_of = {key: row for row, key in enumerate(file.read().splitlines())}
             self.features = map_array(folder, "features.npy")
             self.boxes = map_array(folder, "boxes.npy")
             self.sizes = map_array(folder, "sizes.npy")
-            if self.features.ndim != 3 or not complete:
-                raise ValueError("incomplete, or of an earlier version; convert them again")
             images, most, self.dim = self.features.shape
             self.counts = np.full(images, most)
             if os.path.isfile(os.path.join(folder, "counts.npy")):
@@ -574,20 +555,13 @@ class Regions:
         return len(self.keys)
 
     def batch(self, rows, may_flip=None, seeds=None):
-        """{"features": float16 [I,V,F], "locations": [I,V,7], "region_mask": [I,V]}.
-
-        InputError naming an image whose numbers are not finite.
-        """
+        """{"features": float16 [I,V,F], "locations": [I,V,7], "region_mask": [I,V]}."""
         # rows of the folder; as many regions as the image with the most of them has
-        images, rows = rows, self.rows[rows]
+        rows = self.rows[rows]
         counts = self.counts[rows]
         most = counts.max()
         features = self.features[rows, :most]  # [I,V,F]
         places = locations(self.boxes[rows, :most], self.sizes[rows])  # [I,V,7]
-        for i, image in enumerate(images):
-            if not (all_finite(features[i]) and all_finite(places[i])):
-                raise InputError(f"{self.folder}: the features or boxes of image "
-                                 f"{self.keys[image]} are not finite")
         # 1 for a region, 0 for padding
         mask = (np.arange(most) < counts[:, None]).astype(np.int64)  # [I,V]
         batch = {"features": features, "locations": places, "region_mask": mask}
@@ -629,11 +603,11 @@ class Examples:
             raise InputError(f"{source}: no records with text (or, to train on XVNLI, a label)")
 
         self.tokens = tokenizer(texts, max_tokens)
-        lengths = self.tokens.lengths
-        i = lengths.argmax()
-        if lengths[i] > tokenizer.longest:
-            raise InputError(f"{source}, {self.records[i].id}: {lengths[i]:,} tokens, the model "
-                             f"has positions for {tokenizer.longest}")
+        self.lengths = np.array([len(row) for row in self.tokens])
+        longest = self.lengths.argmax()
+        if self.lengths[longest] > tokenizer.longest:
+            raise InputError(f"{source}, {self.records[longest].id}: {self.lengths[longest]:,} "
+                             f"tokens, the model has positions for {tokenizer.longest}")
 
         # every image once, in the order in which they appear
         row_of = {}
@@ -660,12 +634,10 @@ def load_examples(data, task, split, recipe, tokenizer, language="en", shots=Non
 
 
 def check_answers(examples, labels):
-    """InputError for a training question whose answer is no label, or if no question has an answer.
+    """InputError for a training question whose answer is no label.
 
     Some may have none, as GQA's format allows: a model then learns from the others of the batch.
     """
-    if not any(record.answers for record in examples.records):
-        raise InputError(f"{examples.source}: no question has an answer to train on")
     known = set(labels)
     for record in examples.records:
         for answer in record.answers:
@@ -728,7 +700,7 @@ def training_items(examples, batch_size, seed, epochs, first_step, parts, mine, 
     """
     steps = len(examples) // batch_size
     for epoch in range(first_step // steps, epochs):
-        batches = epoch_batches(examples.tokens.lengths, batch_size, seed, epoch, **order)
+        batches = epoch_batches(examples.lengths, batch_size, seed, epoch, **order)
         # the first of these epochs may have begun before
         for batch in batches[max(0, first_step - epoch * steps) :]:
             for part in mine:

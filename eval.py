@@ -301,8 +301,8 @@ def texts_with_images(model, evaluation, device, workers=0):
 
 
 def percent(values):
-    """Share of true values; None (JSON's null, "-" in a table) where there are no values."""
-    return mean_of_known([100 * value for value in values])
+    """Share of true values."""
+    return 100 * sum(values) / len(values)
 
 
 def score(records, predictions):
@@ -324,7 +324,7 @@ def score(records, predictions):
     scores = {"accuracy": percent(correct), "n": len(correct), "by_type": {}}
     for name, part in sorted(parts.items()):
         scores["by_type"][name] = {"accuracy": percent(part), "n": len(part)}
-    if records[0].label:
+    if records[0].label and labelled:
         scores |= {"accuracy_labelled": percent(labelled), "n_labelled": len(labelled)}
     return scores
 
@@ -360,11 +360,11 @@ def retrieve(model, evaluation, device, workers, candidates):
         # row of each of this language's images -> its column in the matrix of scores
         columns = sorted(set(rows))
         column_of = {row: column for column, row in enumerate(columns)}
-        lengths = examples.tokens.lengths
+        tokens = examples.tokens
+        lengths = np.array([len(row) for row in tokens])
 
         # 2. All captions through the text side: in batches of similar length, which are put back
         # in order afterwards.
-        tokens = list(examples.tokens)
         order, states, text_features = [], [], []
         for batch in token_batches(lengths, device):
             encoded, _ = encode(model, [tokens[i] for i in batch], device)
@@ -470,7 +470,7 @@ def table(task, results):
         row = rows[language] = {}
         for name, heading in headline(task):
             row[heading] = scores[name]
-        if task == "xvnli":
+        if "accuracy_labelled" in scores:
             row["without -"] = scores["accuracy_labelled"]
         for name, part in scores.get("by_type", {}).items():
             row[name] = part["accuracy"]
@@ -480,7 +480,9 @@ def table(task, results):
         # of those languages that have items of a type
         mean = rows[f"mean of {len(others)} others"] = {}
         for heading in headings:
-            mean[heading] = mean_of_known([row.get(heading) for row in others])
+            known = [row[heading] for row in others if heading in row]
+            if known:
+                mean[heading] = sum(known) / len(known)
 
     # headings, then a line per row
     text = " " * 16
@@ -489,20 +491,15 @@ def table(task, results):
     for name, row in rows.items():
         text += f"\n{name:16}"
         for heading in headings:
-            number = row.get(heading)
-            cell = "-" if number is None else f"{number:.1f}"
+            cell = f"{row[heading]:.1f}" if heading in row else "-"
             text += "  " + cell.rjust(max(5, len(heading)))
     return text
 
 
 def mean_zero_shot(results, metric):
-    """Mean of a metric over the languages other than English; None where there is no other."""
-    return mean_of_known([results[language][metric] for language in results if language != "en"])
-
-
-def mean_of_known(numbers):
-    known = [number for number in numbers if number is not None]
-    return sum(known) / len(known) if known else None
+    """Mean of a metric over the languages other than English."""
+    values = [scores[metric] for language, scores in results.items() if language != "en"]
+    return sum(values) / len(values)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -203,8 +203,6 @@ def read_checkpoint(path):
         if plain in tensors or not torch.is_tensor(tensor):
             raise ValueError(f"{path}: entry {name!r} is not a tensor, or there twice")
         tensors[plain] = tensor
-    if not tensors:
-        raise ValueError(f"{path}: holds no tensors by name")
     return tensors, config
 
 
@@ -219,20 +217,16 @@ def load(model, tensors, source, whole=None):
     """
     whole = whole or model
     expected, optional = file_tensors(whole), whole.constants()
-    problems = []
     for name in expected | tensors:
         if name in optional:
             continue
         if name not in tensors:
-            problems.append(f"tensor '{name}' is missing")
-        elif name not in expected:
-            problems.append(f"unknown tensor '{name}'")
-        elif tensors[name].shape != expected[name].shape:
-            problems.append(f"tensor '{name}' has shape {list(tensors[name].shape)}, "
-                            f"expected {list(expected[name].shape)}")
-    if problems:
-        raise ValueError(f"{source}: {problems[0]} (and {len(problems) - 1} more)")
-
+            raise ValueError(f"{source}: tensor '{name}' is missing")
+        if name not in expected:
+            raise ValueError(f"{source}: unknown tensor '{name}'")
+        if tensors[name].shape != expected[name].shape:
+            raise ValueError(f"{source}: tensor '{name}' has shape {list(tensors[name].shape)}, "
+                             f"expected {list(expected[name].shape)}")
     for ours, theirs in model.checkpoint_names().items():
         if theirs in tensors:
             model.get_parameter(ours).copy_(tensors[theirs])
@@ -272,7 +266,7 @@ def rename(name, rules):
 def shape_of(tensors, name, source, kind):
     """Shape of a tensor that tells a size of the model. ValueError: the file is of no such kind."""
     if name not in tensors:
-        raise ValueError(f"{source}: not a {kind} checkpoint (no tensor '{name}')")
+        raise ValueError(f"{source}: not a checkpoint of {kind}: no tensor '{name}'")
     return tensors[name].shape
 
 

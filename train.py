@@ -341,13 +341,13 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
     steps = len(examples) // recipe.batch_size  # of an epoch
     total, num_layers = steps * recipe.epochs, len(model.layers)
     optimizer = make_optimizer(model, args, recipe, steps)
-    first, saved = 0, os.path.join(args.run, "last.pt")
+    state, saved = {"step": 0, "log": ""}, os.path.join(args.run, "last.pt")
     if args.resume and os.path.isfile(saved):
         state = torch.load(saved, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    log = open_log(args.run, first) if rank == 0 else None
+    first = state["step"]
+    log = open_log(args.run, state["log"]) if rank == 0 else None
 
     # the batches, each in equal parts, of which this process runs `mine`
     mine = range(rank * args.grad_accum, (rank + 1) * args.grad_accum)
@@ -423,7 +423,9 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
 
         # save, stop if asked to, test
         if log and (done % steps == 0 or stopping):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            with open(log.name, encoding="utf-8") as file:
+                state = {"step": done, "log": file.read(), "model": model.state_dict(),
+                         "optimizer": optimizer.state_dict()}
             data.write(saved, lambda file: torch.save(state, file))
         if stopping:
             if dist.is_initialized():
@@ -499,18 +501,13 @@ class Stop:
 # The run's folder
 
 
-def open_log(run, step):
-    """log.jsonl, with what a stopped run wrote there up to optimizer step `step`. -> the open file.
+def open_log(run, text=""):
+    """log.jsonl with this text, of the run that goes on from there; open, to add lines.
 
-    What was evaluated after that step is done again. The log holds no times: that of a resumed run
-    equals that of an uninterrupted one.
+    It holds no times: the log of a resumed run equals that of an uninterrupted one.
     """
-    path, kept = os.path.join(run, "log.jsonl"), ""
-    if step:
-        for _, entry in data.read_jsonl(path):
-            if entry["step"] < step or (entry["step"] == step and "loss" in entry):
-                kept += json.dumps(entry) + "\n"
-    data.write(path, lambda file: file.write(kept.encode()))
+    path = os.path.join(run, "log.jsonl")
+    data.write(path, lambda file: file.write(text.encode()))
     return open(path, "a", encoding="utf-8")
 
 
@@ -533,7 +530,7 @@ def fingerprints_of(args, weights, examples, tests):
     """
     files = [weights, args.tokenizer, examples.source]
     if args.task == "xgqa":
-        files.append(os.path.join(args.data, "gqa", "annotations", "trainval_ans2label.json"))
+        files.append(f"{args.data}/gqa/annotations/trainval_ans2label.json")
     files += [part.source for part in tests.examples.values()]
     return {"/".join(path.split(os.sep)[-2:]): data.fingerprint(path) for path in files}
 
@@ -760,7 +757,8 @@ def run(args, stop):
     results, predictions = evaluation.evaluate(model, tests, device, args.precision, args.workers)
     steps = recipe.epochs * (len(examples) // recipe.batch_size)
     finish(args, model, summary(args, results), predictions, log, steps)
-    say(next_step(args, fingerprints))
+    if strategy_name(args) in ("standard", "suf"):
+        say(next_step(args, fingerprints))
 
 
 def summary(args, results):
@@ -786,17 +784,14 @@ def finish(args, model, results, predictions, log, step):
 
 
 def next_step(args, fingerprints):
-    """What to run after this: the other of standard fine-tuning and SUF, or their comparison."""
-    mine = strategy_name(args)
-    other = "standard" if mine == "suf" else "suf"
-    folder = args.run.replace(f"-{mine}-", f"-{other}-")
-    if folder == args.run or mine not in ("standard", "suf"):
-        return f"next: python -m tools.compare OTHER {shlex.quote(args.run)}"
-    finished = os.path.isfile(os.path.join(folder, "results.json"))
+    """What to run after standard fine-tuning or SUF: the other one, or their comparison."""
+    other = "suf" if args.suf is None else "standard"
+    folder = args.run.replace(f"-{strategy_name(args)}-", f"-{other}-")
+    finished = folder != args.run and os.path.isfile(os.path.join(folder, "results.json"))
     if finished and evaluation.fingerprints(folder) == fingerprints:
         pair = [args.run, folder] if other == "suf" else [folder, args.run]
         return f"next: python -m tools.compare {shlex.join(pair)}"
-    command = args.command.replace(" --suf", "") if mine == "suf" else f"{args.command} --suf"
+    command = args.command.replace(" --suf", "") if args.suf else f"{args.command} --suf"
     return f"next, to compare: {command} --run-dir {shlex.quote(free_name(folder))}"
 
 

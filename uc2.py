@@ -14,9 +14,8 @@ outside the model: regions are 36 boxes of a Faster R-CNN with a 2048-d feature 
 Sizes come from the checkpoint's shapes (`read_sizes`); tensors are loaded and saved, strictly,
 under the names of IGLUE's `uc2_checkpoint_200000.bin` (its framework is VOLTA). Two variants:
 - "volta", IGLUE's file: ReLU after the pooler, LayerNorm eps 1e-5 everywhere. The public conversion
-  put the original IMAGE LayerNorm into the text's place and left the image's own at identity
-  (`image_norm_is_identity` sees the trace). IGLUE's results start from these weights, so they are
-  taken as they are.
+  put the original IMAGE LayerNorm into the text's place and left the image's own at identity.
+  IGLUE's results start from these weights, so they are taken as they are.
 - "original", the file of UC2's authors, as `tools/uc2_original.py` renames it: tanh after the
   pooler, eps 1e-12 in the layers, both LayerNorms in their places.
 
@@ -117,9 +116,9 @@ class UC2(nn.Module):
 
     def forward(self, batch):
         """Training loss of one batch: the mean over its questions, statements or captions."""
-        losses = {"xgqa": self.answer_loss, "xvnli": self.label_loss,
-                  "xflickrco": self.retrieval_loss}
-        return losses[self.task](batch)
+        if self.task == "xflickrco":
+            return self.retrieval_loss(batch)
+        return self.class_loss(batch)
 
     # -- the stream --------------------------------------------------------------------------------
 
@@ -158,9 +157,9 @@ class UC2(nn.Module):
         # every position attends to every real one, of either kind
         mask = key_mask(torch.cat([attention_mask, region_mask], dim=1))
         # a classifier on <s> needs nothing else of the last layer
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            hidden = layer(hidden, mask, first_token=first_token and i == last)
+        last = self.layers[-1]
+        for layer in self.layers:
+            hidden = layer(hidden, mask, first_token=first_token and layer is last)
         return hidden
 
     def pooled(self, hidden):
@@ -191,29 +190,25 @@ class UC2(nn.Module):
 
     # -- xGQA and XVNLI: classification ------------------------------------------------------------
 
-    def answer_loss(self, batch):
-        """Binary cross-entropy of every answer, summed over answers, mean over questions.
+    def class_loss(self, batch):
+        """Binary cross-entropy of every answer or label: xGQA's summed over answers, XVNLI's mean
+        over labels; mean over questions or statements.
 
         batch: features, locations, region_mask, input_ids [B,T], attention_mask [B,T], targets
-        [B,answers] (score of each answer, all 0 where none is known) and, where questions share
-        images, image_index [B].
+        [B,answers] or [B,3] (1 at every right one, all 0 where none is known) and, where questions
+        share images, image_index [B].
         """
-        logits = self.batch_logits(self.answer_head, batch)
-        targets = batch["targets"].float()
-        return F.binary_cross_entropy_with_logits(logits, targets) * self.sizes.labels
-
-    def label_loss(self, batch):
-        """Binary cross-entropy, mean over statements and labels.
-
-        batch as for xGQA, targets [B,3] (one-hot in the order of LABELS, all 0 for "-").
-        """
-        logits = self.batch_logits(self.label_head, batch)
-        return F.binary_cross_entropy_with_logits(logits, batch["targets"].float())
+        logits = self.batch_logits(self.class_head, batch)
+        loss = F.binary_cross_entropy_with_logits(logits, batch["targets"].float())
+        return loss * self.sizes.labels if self.task == "xgqa" else loss
 
     def label_logits(self, text_states, attention_mask, memory):
         """-> [B,answers] (xGQA) or [B,3] (XVNLI)."""
-        head = self.answer_head if self.task == "xgqa" else self.label_head
-        return self.logits(head, text_states, attention_mask, memory)
+        return self.logits(self.class_head, text_states, attention_mask, memory)
+
+    @property
+    def class_head(self):
+        return self.answer_head if self.task == "xgqa" else self.label_head
 
     def predict(self, text_states, attention_mask, memory):
         """Index of the likeliest answer or label: [B]."""
@@ -366,11 +361,9 @@ def read_sizes(tensors, config, source):
     """Sizes of the UC2 in a checkpoint, from its shapes. Heads are 64 wide unless config says."""
 
     def shape(name):
-        return shape_of(tensors, official_name(name), source, "UC2")
+        kind = "UC2 (IGLUE's; tools.uc2_original makes it of the authors' own)"
+        return shape_of(tensors, official_name(name), source, kind)
 
-    if "roberta.pooler.dense.weight" in tensors:
-        raise ValueError(f"{source}: UC2's original file; python -m tools.uc2_original {source} "
-                         "OUT.pt makes one of it that can be read")
     vocabulary, width = shape("text_embeddings.word.weight")
     # outputs of heads that only some models' files have
     outputs, heads = {}, {"labels": "answer_head.3.bias", "region_classes": "region_classes.3.bias"}
@@ -412,10 +405,3 @@ def from_finetuned(tensors, config, task, source, **options):
     """
     sizes = read_sizes(tensors, config, source)
     return load(UC2(sizes, task, **options), tensors, source)
-
-
-def image_norm_is_identity(tensors):
-    """Whether IGLUE's file shows the trace of its conversion: an untrained image LayerNorm."""
-    weight = tensors["bert.embeddings.v_LayerNorm.weight"]
-    bias = tensors["bert.embeddings.v_LayerNorm.bias"]
-    return bool((weight == 1).all() and not bias.any())

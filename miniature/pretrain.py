@@ -135,7 +135,7 @@ class Texts(NamedTuple):
     object of the scene it is about (phrases only), and the language.
     """
 
-    rows: data.Ragged
+    rows: list
     scenes: np.ndarray
     truths: np.ndarray
     things: np.ndarray
@@ -148,8 +148,8 @@ class Corpus(NamedTuple):
     classes: np.ndarray  # [scenes, objects, 4]: size, colour, shape and side as numbers
     statements: Texts
     phrases: Texts
-    english: data.Ragged  # sentence i
-    translations: data.Ragged  # its translation
+    english: list  # token rows; sentence i
+    translations: list  # its translation
     pair_scenes: np.ndarray  # PAIRS_PER_SCENE in a row are about one scene
 
 
