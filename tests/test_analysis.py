@@ -12,7 +12,6 @@ import analysis
 import data
 import eval as evaluation
 import train
-from analysis import label
 from data import InputError
 from miniature import world
 
@@ -68,46 +67,28 @@ def row_of(path, **wanted):
     return row
 
 
-# --------------------------------------------------------------------------------------------------
-# Names and the paper's numbers
-
+# ---- The paper's numbers
 
 def test_paper_numbers():
-    """Every printed mean is that of its row, but for the two that footnotes or rounding explain."""
+    """Every printed mean is that of its row, but for what footnotes or rounding explain."""
     for line in analysis.PAPER.splitlines():
         key = line.split()[:4]
-        row = analysis.paper(*key)
         if key[1] == "top6" or key[3] == "similarity":
             continue
-        assert row.keys() - {"others"} == set(data.LANGUAGES[key[2]])
-        others = [number for language, number in row.items() if language not in ("en", "others")]
-        mean = row["others"]
+        row = analysis.paper(*key)
+        mean = row.pop("others")
+        assert row.keys() == set(data.LANGUAGES[key[2]])
         if key == ["uc2", "standard", "xflickrco", "image_recall_at_1"]:
             mean = 21.957
-        assert np.mean(others) == pytest.approx(mean, abs=0.08)
+        del row["en"]
+        assert np.mean(list(row.values())) == pytest.approx(mean, abs=0.08)
     assert analysis.paper("cclm", "suf", "xgqa", "accuracy")["ko"] == 42.2
     assert analysis.paper("cclm", "top6", "xgqa", "accuracy") == {"en": 61.9, "others": 49.7}
     assert analysis.paper("uc2", "suf", "xvnli", "similarity")["fr"] == 89
     assert analysis.paper("uc2", "decay0.88", "xgqa", "accuracy") is None
-    for task, strategy in (("xgqa", "standard"), ("xgqa", "suf"), ("xvnli", "suf")):
-        similar = analysis.paper("uc2", strategy, task, "similarity")
-        accuracy = analysis.paper("uc2", strategy, task, "accuracy")
-        others = data.LANGUAGES[task][1:]
-        both = [[row[language] for language in others] for row in (similar, accuracy)]
-        assert np.corrcoef(both)[0, 1] > 0.9  # section 5.1
 
 
-def test_names_of_strategies():
-    names = ["top6", "lpft", "decay0.88", "suf1", "suf-less", "suf-every15", "suf", "standard", "other"]
-    assert [label(name) for name in sorted(names, key=analysis.rank)] == [
-        "standard", "SUF", "all layers from the start, each at SUF's share of the rate",
-        "SUF, 1 layer(s) per epoch", "SUF, thawing every 15 steps",
-        "layers frozen in epoch 1, then all", "layer-wise decay 0.88", "top 6 layers only", "other"]
-
-
-# --------------------------------------------------------------------------------------------------
-# Tables
-
+# ---- Tables
 
 def test_tables(tmp_path, capsys):
     runs = tmp_path / "runs"
@@ -189,9 +170,7 @@ def test_fewshot(tmp_path, capsys):
         analyse(tmp_path, "fewshot", runs)
 
 
-# --------------------------------------------------------------------------------------------------
-# Figures
-
+# ---- Figures
 
 def test_curves(tmp_path, capsys):
     write_run(tmp_path / "a", [(50, 40), (60, 44)], seed=0)
@@ -241,23 +220,20 @@ def test_schedule_picture():
     fields = cclm.panels[0].fields  # bottom layer first, an epoch per column
     assert fields[:, 0].tolist() == [False] * 15 + [True] * 3
     assert fields.sum(0).tolist() == [3, 6, 9, 12, 15, 18, 18]
-    assert uc2.panels[0].fields.sum(0).tolist() == [3, 6, 9, 12, 12, 12, 12]
     assert uc2.rows[1] == {"": "epoch 2", "top layers that train": 6}
 
 
 def test_similarities():
-    """Two languages, two items; the second language says the same twice."""
+    """Two languages, two items; the second language says the same twice, the third the opposite."""
     vectors = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])
-    assert analysis.similarity(vectors).tolist() == [[100, 50], [50, 100]]
     # of different items: en-en 0, 0; en-de 1, 0; de-en 0, 1; de-de 1, 1
     assert analysis.unpaired(vectors) == pytest.approx(50)
-    # three languages: similarity is with the language named, not with its neighbour
-    vectors = torch.stack([vectors[0], vectors[1], -vectors[0]])
+    vectors = torch.stack([*vectors, -vectors[0]])
     assert analysis.similarity(vectors)[0].tolist() == [100, 50, -100]
 
 
 @torch.inference_mode()
-def test_alignment(tmp_path, monkeypatch):
+def test_alignment(tmp_path):
     """Against one text at a time, through the whole model; the table's row is that with English."""
     args = train.parse_args(["--model", "uc2", "--task", "xvnli", "--limit", "5"])
     args.data, args.checkpoint, args.tokenizer = world.prepare("uc2")
@@ -265,8 +241,7 @@ def test_alignment(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", [(60, 40)], "uc2", "xvnli", recipe=vars(recipe), limit=5,
                        miniature=True, data=args.data, tokenizer=args.tokenizer)
     train.write_weights(str(folder / "model.pt"), model)
-    [run] = analysis.find_runs([str(folder)])
-    [table] = analysis.alignment([run])
+    [table] = analysis.alignment(analysis.find_runs([str(folder)]))
 
     loaded = evaluation.load_run(str(folder), torch.device("cpu"))
     model, tokenizer, labels, args, recipe = loaded
@@ -288,9 +263,7 @@ def test_alignment(tmp_path, monkeypatch):
     assert table.panels[0].fields[0, languages.index("fr")] == pytest.approx(row["fr"][0])
 
 
-# --------------------------------------------------------------------------------------------------
-# What is refused, in one line
-
+# ---- What is refused, in one line
 
 @pytest.mark.parametrize("other, message", [
     ({}, "the same strategy and seed twice"),
@@ -306,16 +279,11 @@ def test_runs_that_cannot_share_a_table(other, message, tmp_path):
         analyse(tmp_path, "tables", a, b)
 
 
-@pytest.mark.parametrize("command, task, message", [
-    ("curves", "xgqa", "none of these runs has what this needs"),
-    ("fewshot", "xgqa", "none of these runs has what this needs"),
-    ("types", "xflickrco", "none of these runs has what this needs"),
-    ("alignment", "xflickrco", "none of these runs has what this needs"),
-    ("tabels", "xgqa", "invalid choice: 'tabels'"),
-])
-def test_runs_without_what_a_command_needs(command, task, message, tmp_path):
+@pytest.mark.parametrize("command, task", [("curves", "xgqa"), ("fewshot", "xgqa"),
+                                           ("types", "xflickrco"), ("alignment", "xflickrco")])
+def test_runs_without_what_a_command_needs(command, task, tmp_path):
     run = write_run(tmp_path / "a", [(60, 40)], task=task, epochs=5)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match="none of these runs has what this needs"):
         analyse(tmp_path, command, run)
 
 
