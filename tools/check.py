@@ -12,44 +12,29 @@ What is missing, and counts that differ from the published ones, are told and ar
 """
 
 import collections
-import glob
-import itertools
 import json
 import os
-import re
 import sys
-
-import numpy as np
-from PIL import ImageFile
-from tqdm import tqdm
 
 import data
 import eval as evaluation
 from data import InputError, reading
-from tools.convert import check_boxes
+from tools.convert import check_image
 
 # --------------------------------------------------------------------------------------------------
 # What the published files hold, and where they are to be had
 
-PUBLISHED = {  # task -> split -> records, images (None: unknown)
-    "xgqa": {"train": (943_000, None), "valid": (132_062, None), "dev": (1_422, 50),
-             "test": (9_666, 300)},
-    "xvnli": {"test": (1_164, 357)},
-    "xflickrco": {"train": (145_000, 29_000), "valid": (5_070, 1_014), "test": (2_000, 2_000)},
+PUBLISHED = {  # of the files that IGLUE has for every language of a split: how many records, images
+    "xgqa": {"train": "943,000 questions", "valid": "132,062 questions",
+             "dev": "1,422 questions on 50 images", "test": "9,666 questions on 300 images"},
+    "xvnli": {"train": "", "test": "1,164 statements on 357 images"},
+    "xflickrco": {"train": "145,000 captions on 29,000 images",
+                  "valid": "5,070 captions on 1,014 images",
+                  "test": "2,000 captions on 2,000 images"},
 }
-SHOTS = {  # task -> images of a few-shot set -> records
-    "xgqa": {"1": 27, "5": 155, "10": 317, "20": 594, "25": 704, "48": 1_490},
-    "xvnli": {"1": 3, "5": 18, "10": 39, "20": 75, "25": 90, "48": 168},
-}
-LABELS = 1_842  # GQA's answers
-NEEDED = ("train", "test")  # the splits that train.py reads; the others are for few-shot training
 UNITS = {"xgqa": "questions", "xvnli": "statements", "xflickrco": "captions"}
-DISJOINT = {  # pairs of splits that share no image
-    "xgqa": [*itertools.combinations(("train", "valid", "dev", "few-shot", "test"), 2)],
-    "xvnli": [("few-shot", "test"), ("dev", "test")],
-    "xflickrco": [*itertools.combinations(("train", "valid", "test"), 2), ("dev", "test"),
-                  ("few-shot", "test")],
-}
+SHOTS = (1, 5, 10, 20, 25, 48, 50, 100)  # images of the few-shot sets
+NEEDED = ("train", "test")  # the splits that train.py reads; the others are for few-shot training
 
 IGLUE = "the IGLUE repository, github.com/e-bug/iglue, folder datasets"
 FEATURES = ("IGLUE's README links the H5 files (36 boxes per image); then `python -m tools.convert "
@@ -73,57 +58,52 @@ SOURCES = {  # what belongs in the data folder -> where to get it
 }
 
 
-def what_to_fetch(missing=tuple(SOURCES)):
-    """Lines: where to get what is missing from a data folder; by default that is everything."""
-    lines = ["where to get what is missing"]
-    for path, source in SOURCES.items():
-        if any(text.startswith(path) for text in missing):
-            lines += [f"  {path}", f"      {source}"]
-    return lines
-
-
-def place_of(folder):
-    """The folder that has IGLUE's folders in it: one inside this one or above it; or None."""
-    above = os.path.dirname(os.path.abspath(folder))
-    inside = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
-    for place in [*inside, above, os.path.dirname(above)]:
-        if any(os.path.isdir(os.path.join(place, path)) for path in SOURCES):
-            return place
-
-
 # --------------------------------------------------------------------------------------------------
 # The check
 
 
 class Report:
-    """What is found.
+    """What is found in a data folder, and what stands in the way of each of train.py's runs.
 
-    findings: (level, task, split, text) -> the languages of which it is true. level: "error",
-    "missing" (the text begins with the path) or "note"; task: "" for what belongs to none.
+    Wherever a run is named, a part of its name stands for several: "xgqa", or "" for all of them.
     """
 
     def __init__(self, folder):
-        self.folder, self.labels, self.findings = folder, None, {}
-        self.counts = {}  # (task, split or "shots K", language) -> (records, images)
-        self.pictures = {}  # (task, "images" or "regions", folder, split) -> (there, wanted)
-        self.runs = {}  # "cclm xgqa", … -> what stands in its way
+        self.folder, self.labels = folder, set()
+        # (level, run, text) -> the languages of which it is true
+        # level: "error", "missing" (the text begins with the path), "there" or "note"
+        self.findings = {}
+        self.lacking = {}  # "cclm xgqa", … -> reasons
+        for task in data.LANGUAGES:
+            for model in evaluation.MODELS:
+                self.lacking[f"{model} {task}"] = []
 
-    def add(self, level, task, text, split="", language=None):
-        languages = self.findings.setdefault((level, task, split, text), [])
+    def add(self, level, run, text, language=None):
+        languages = self.findings.setdefault((level, run, text), [])
         if language:
             languages.append(language)
+        if level == "error":
+            self.stop(run, "errors")
 
-    def attempt(self, task, function, *arguments):
+    def stop(self, run, reason):
+        for name, reasons in self.lacking.items():
+            if run in name and reason not in reasons:
+                reasons.append(reason)
+
+    def attempt(self, run, function, *arguments):
         """-> function(*arguments), or None where that is an InputError, which becomes a finding."""
         try:
             return function(*arguments)
         except InputError as error:
-            self.add("error", task, str(error))
+            self.add("error", run, str(error))
 
-    def texts(self, level, task=None):
+    def has(self, path):
+        return os.path.exists(os.path.join(self.folder, path))
+
+    def texts(self, level):
         found = []
-        for of_level, of_task, _, text in self.findings:
-            if of_level == level and task in (None, of_task):
+        for of_level, _, text in self.findings:
+            if of_level == level:
                 found.append(text)
         return found
 
@@ -131,24 +111,30 @@ class Report:
 def check(folder):
     """-> Report on a data folder."""
     report = Report(folder)
-    labels = "gqa/annotations/trainval_ans2label.json"
-    if os.path.isfile(os.path.join(folder, labels)):
-        report.labels = report.attempt("xgqa", data.read_labels, folder)
+    # GQA's answers
+    path = "gqa/annotations/trainval_ans2label.json"
+    if report.has(path):
+        report.labels = set(report.attempt("xgqa", data.read_labels, folder) or ())
+        report.add("there", "xgqa", f"{path}: {len(report.labels):,} (published: 1,842)")
     else:
-        report.add("missing", "xgqa", f"{labels} (GQA's answers)")
-    if report.labels and len(report.labels) != LABELS:
-        report.add("note", "xgqa", f"{len(report.labels):,} labels (published: {LABELS:,})")
-    opened = {}  # folder of images or region features -> the images that it has
+        report.add("missing", "xgqa", path)
+        report.stop("xgqa", "label map missing")
+
+    # annotation files one by one, against each other, and what they are about
     for task in data.LANGUAGES:
         splits = read_splits(report, task)
         for (split, shots, language), records in splits.items():
             check_records(report, task, split, shots, language, records)
         compare_languages(report, task, splits)
         compare_splits(report, task, splits)
-        check_pictures(report, task, splits, opened)
-        if task == "xflickrco":
-            check_hard_negatives(report, splits.get(("train", None, "en"), []))
-    decide_runs(report)
+        check_pictures(report, task, splits)
+
+    # similar images, from which UC2 learns retrieval
+    path = "flickr30k/hard_negative.pkl"
+    if report.has(path):
+        report.attempt("uc2 xflickrco", data.read_hard_negatives, folder, [])
+    else:
+        report.add("missing", "uc2 xflickrco", f"{path} (optional)")
     return report
 
 
@@ -156,94 +142,74 @@ def read_splits(report, task):
     """{(split, shots, language): records} of every annotation file that can be read."""
     splits = {}
     for split, name in data.ANNOTATIONS[task].items():
-        absent = []
         languages = data.LANGUAGES[task] if "{language}" in name else ["en"]
-        for language in tqdm(languages, f"{task} {split}", leave=False, disable=None):
-            sets = [None]
-            if split == "few-shot":
-                pattern = os.path.join(glob.escape(report.folder), name)
-                paths = glob.glob(pattern.format(language=language, shots="*"))
-                sets = [re.search(r"train_([^.]*)", os.path.basename(path))[1] for path in paths]
-            for shots in sorted(sets, key=lambda shots: (len(shots or ""), shots)):
-                try:
-                    path = data.annotation_file(report.folder, task, split, language, shots)
-                except InputError:
-                    absent.append(language)
-                    continue
+        for language in languages:
+            for shots in SHOTS if split == "few-shot" else [None]:
                 which = report.folder, task, split, language, shots
+                try:
+                    data.annotation_file(*which)
+                except InputError:
+                    # some of the other files are nowhere to be had
+                    if split in PUBLISHED[task]:
+                        report.add("missing", task, name, language)
+                    if split in NEEDED:
+                        report.stop(task, f"{split} files missing")
+                    continue
+                # None where it is broken
                 found = report.attempt(task, data.read_records, *which)
-                if found and found[1]:
+                if found:
                     splits[split, shots, language] = found[1]
-                elif found:
-                    report.add("error", task, f"{path}: no records")
-        # all that train.py needs; of the others what IGLUE has in English
-        if absent and (split in NEEDED or "en" in absent and split in PUBLISHED[task]):
-            name = name.split(" or ")[0]
-            several = "{" + ",".join(absent) + "}" if len(absent) > 1 else absent[0]
-            text = name.format(language=several)
-            zipped = name.format(language=absent[0]) + ".zip"
-            if os.path.exists(os.path.join(report.folder, zipped)):
-                text += "; its .zip is there: unzip it"
-            report.add("missing", task, text)
     return splits
 
 
 def check_records(report, task, split, shots, language, records):
     """What one file tells by itself."""
-    name = f"shots {shots}" if shots else split
+    name = f"{shots} shots" if shots else split
+
+    # how many there are: the same in several languages is one line of the report
     images = {record.image for record in records}
-    report.counts[task, name, language] = len(records), len(images)
+    counts = f"{len(records):,} {UNITS[task]} on {len(images):,} images"
+    published = PUBLISHED[task].get(name, "")
+    if not counts.startswith(published):
+        counts += f" (published: {published})"
+    report.add("there", task, f"{name}: {counts}", language)
+    if not records:
+        report.add("error", task, f"{name}: no records", language)
 
-    def add(level, what, examples):
-        if examples:
-            text = f"{len(examples):,} of {len(records):,} {UNITS[task]} {what}"
-            report.add(level, task, f"{text} (such as {examples[0]})", name, language)
-
-    ids = collections.Counter(record.id for record in records)
-    repeated = [key for key, count in ids.items() if count > 1]
-    add("note" if split == "train" else "error", "have an id that stands more than once", repeated)
+    # which of them are unusual
     empty, unlabelled, unknown = [], [], []
-    known = set(report.labels or ())
     for record in records:
         if not data.clean_caption(record.text, None):
             empty.append(record.id)
         if record.label == "-":
             unlabelled.append(record.id)
-        if known and not known.issuperset(record.answers):
-            unknown.append(f"{record.id}: {', '.join(record.answers)}")
-    add("note", "have no text; in retrieval UC2 keeps them, CCLM leaves image and text out", empty)
-    add("note", "have no gold label; UC2 counts them as wrong, CCLM leaves them out", unlabelled)
-    learned = split in ("train", "few-shot")
-    add("error" if learned else "note", "have an answer that is no label", unknown)
-
-    expected = PUBLISHED[task].get(split)
-    if shots in SHOTS.get(task, {}):
-        expected = SHOTS[task][shots], int(shots)
-    if expected:
-        records_expected, images_expected = expected
-        if len(records) != records_expected or images_expected not in (None, len(images)):
-            text = f"{len(records):,} {UNITS[task]} on {len(images):,} images; published: "
-            text += " on ".join(f"{count:,}" for count in expected if count)
-            report.add("note", task, text, name, language)
+        if report.labels and not report.labels.issuperset(record.answers):
+            unknown.append(f"{record.id}: {[*record.answers]}")
+    # training stops at an answer that is no label, testing counts it as wrong
+    severe = "error" if split in ("train", "few-shot") else "note"
+    for level, examples, what in (
+        ("note", empty, "have no text; in retrieval UC2 keeps them, CCLM leaves their image out"),
+        ("note", unlabelled, "have no gold label; UC2 counts them as wrong, CCLM leaves them out"),
+        (severe, unknown, "have an answer that is no label"),
+    ):
+        if examples:
+            text = f"{name}: {len(examples):,} of {len(records):,} {UNITS[task]} {what}"
+            report.add(level, task, f"{text} (such as {examples[0]})", language)
 
 
 def compare_languages(report, task, splits):
-    """xGQA's and XVNLI's languages have the same ids, images and answers, xFlickrCO's the same test
-    images. Each language that has a split is compared with the first.
-    """
-    first = {}  # (split, shots) -> its language, {id: (image, answer)}
-    for (split, shots, language), records in splits.items():
-        # every language has few-shot images of its own; training is in English alone
-        own_images = task == "xflickrco" and split == "few-shot"
-        if own_images or split in ("train", "valid"):
+    """The test, or dev, has the same ids, images and answers in all languages."""
+    first = {}  # split -> the first of its languages, {id: (image, label, answers)}
+    for (split, _, language), records in splits.items():
+        if split not in ("dev", "test"):
             continue
-        found = {record.id: [record.image, record.label, *record.answers] for record in records}
-        original, expected = first.setdefault((split, shots), (language, found))
+        found = {record.id: (record.image, record.label, record.answers) for record in records}
+        # each language against the first
+        original, expected = first.setdefault(split, (language, found))
         wrong = [key for key in expected | found if found.get(key) != expected.get(key)]
         if wrong:
-            here, there = found.get(wrong[0], "nothing"), expected.get(wrong[0], "nothing")
-            report.add("error", task, f"{wrong[0]}: {here}, but in {original} {there} "
-                                      f"({len(wrong):,} differ)", split, language)
+            text = f"{len(wrong):,} {UNITS[task]} are not as in {original} (such as {wrong[0]})"
+            report.add("error", task, f"{split}: {text}", language)
 
 
 def compare_splits(report, task, splits):
@@ -252,163 +218,107 @@ def compare_splits(report, task, splits):
     for (split, _, _), records in splits.items():
         images[split].update(record.image for record in records)
         ids[split].update(record.id for record in records)
-    checks = [(images, "images", *pair) for pair in DISJOINT[task]]
-    if task == "xvnli":  # its training file has other statements about the same images
-        checks.append((ids, "statements", "train", "test"))
-    for of, what, one, other in checks:
-        shared = sorted(of[one] & of[other])
-        if shared:
-            report.add("error", task, f"{one} and {other} share {len(shared):,} of "
-                                    f"{len(of[other]):,} {what} (such as {shared[0]})")
+    for split in data.ANNOTATIONS[task]:
+        keys, what = images, "images"
+        # XVNLI's training file has other statements about the same images
+        if (task, split) == ("xvnli", "train"):
+            keys, what = ids, "statements"
+        shared = sorted(keys[split] & keys["test"])
+        if shared and split != "test":
+            text = f"{split} and test share {len(shared):,} {what} (such as {shared[0]})"
+            report.add("error", task, text)
 
 
-def check_pictures(report, task, splits, opened):
+def check_pictures(report, task, splits):
     """Look up the images of every split and their region features by name, open 20 of each."""
-    keys = collections.defaultdict(dict)  # (kind, folder, split) -> its images
+    # who sees what of which images
+    wanted = collections.defaultdict(dict)  # (model, kind, folder, split) -> {image: path}
     for (split, _, _), records in splits.items():
         features = data.feature_folder(report.folder, task, split)
         for record in records:
             path = data.image_path(report.folder, task, record.image)
-            keys["images", os.path.dirname(path), split][record.image] = path
-            keys["regions", features, split][record.image] = path
-    for (kind, folder, split), paths in keys.items():
-        # what a folder has is listed once: much faster than to look for every file
+            wanted["cclm", "images", os.path.dirname(path), split][record.image] = path
+            wanted["uc2", "regions", features, split][record.image] = path
+
+    # what a folder has is listed once: much faster than to look for every file
+    opened = {}
+    for (model, kind, folder, split), paths in wanted.items():
+        run = f"{model} {task}"
         if folder not in opened:
-            opened[folder] = set()
-            if kind == "images" and os.path.isdir(folder):
-                opened[folder] = {name.removesuffix(".jpg") for name in os.listdir(folder)}
-            elif os.path.isdir(folder):
-                regions = report.attempt("", data.Regions, folder, [])
-                if regions is not None:
-                    opened[folder] = regions.row_of
-        # those of this split
+            opened[folder] = report.attempt(run, list_keys, kind, folder) or {}
+        # how many of this split's are there
         there = [key for key in paths if key in opened[folder]]
         short = os.path.relpath(folder, report.folder)
-        report.pictures[task, kind, short, split] = len(there), len(paths)
-        if len(there) < len(paths):
+        text = f"{short}: {len(there):,} of {len(paths):,} {kind} of {split}"
+        if len(there) == len(paths):
+            report.add("there", run, text)
+        else:
             absent = next(key for key in paths if key not in opened[folder])
-            text = f"{short}: {len(paths) - len(there):,} of {len(paths):,} {kind}"
-            report.add("missing", task, f"{text} (such as {absent})", split)
-        # some of them, drawn the same way every time
-        chosen = np.random.default_rng(0).permutation(len(there))[:20]
-        sample = [there[i] for i in chosen]
-        if kind == "images":
+            report.add("missing", run, f"{text} (not {absent})")
+            if split in NEEDED:
+                report.stop(run, f"{kind} of {split} missing")
+        # at most 20, from the first to the last
+        sample = there[:: len(there) // 20 + 1]
+        if kind == "regions" and sample:
+            report.attempt(run, check_regions, folder, sample)
+        elif kind == "images":
             for key in sample:
-                check_image(report, task, paths[key])
-        elif sample:
-            report.attempt(task, check_regions, folder, sample)
+                report.attempt(run, data.read_image, paths[key])
 
 
-def check_image(report, task, path):
-    if report.attempt(task, data.read_image, path) is None:
-        return
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        data.read_image(path)
-    except InputError:
-        text = f"{path}: lacks its last bytes; it is read all the same, what is missing is grey"
-        report.add("note", task, text)
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = True
+def list_keys(kind, folder):
+    """The images that a folder has, or those whose region features it has."""
+    if not os.path.isdir(folder):
+        return {}
+    if kind == "regions":
+        return data.Regions(folder, []).row_of
+    return {name.removesuffix(".jpg") for name in os.listdir(folder)}
 
 
 def check_regions(folder, keys):
     """InputError for what no model should see."""
     regions = data.Regions(folder, keys)
-    regions.batch(range(len(keys)))
     for key, row in zip(keys, regions.rows):
+        features, boxes = regions.features[row], regions.boxes[row]
+        count = regions.counts[row]
         with reading(f"{folder}, image {key}"):
-            check_boxes(regions.boxes[row, : regions.counts[row]], *regions.sizes[row].tolist())
-
-
-def check_hard_negatives(report, records):
-    path = "flickr30k/hard_negative.pkl"
-    keys = {record.image for record in records}
-    if not os.path.isfile(os.path.join(report.folder, path)):
-        report.add("missing", "xflickrco", f"{path} (optional)")
-    elif report.attempt("xflickrco", data.read_hard_negatives, report.folder, keys) == {} and keys:
-        report.add("error", "xflickrco", f"{path}: names none of the images")
+            check_image(features[:count], boxes[:count], *regions.sizes[row].tolist())
 
 
 def check_tokenizer(report, path):
     tokenizer = report.attempt("", data.Tokenizer, path)
     if tokenizer and tokenizer.sha256 != data.XLMR_SHA256:
-        report.add("error", "", f"{path}: not XLM-R's sentencepiece.bpe.model, which UC2 and CCLM "
-                                f"were pre-trained with ({tokenizer.vocabulary:,} ids, expected "
-                                f"250,002; sha256 {tokenizer.sha256[:12]}…)")
-
-
-def decide_runs(report):
-    """Which of train.py's six runs the folder has everything for."""
-    for task, languages in data.LANGUAGES.items():
-        # what both models need
-        lacking = []
-        if (task, "train", "en") not in report.counts:
-            lacking.append("no training file")
-        untested = [name for name in languages if (task, "test", name) not in report.counts]
-        if untested:
-            lacking.append(f"no test file of {', '.join(untested)}")
-        if task == "xgqa" and not report.labels:
-            lacking.append("no label map")
-        if report.texts("error", task):
-            lacking.append("errors")
-        # CCLM sees images, UC2 regions
-        for model, kind in (("cclm", "images"), ("uc2", "regions")):
-            lost = 0
-            for (of, of_kind, _, split), (there, wanted) in report.pictures.items():
-                if (of, of_kind) == (task, kind) and split in NEEDED:
-                    lost += wanted - there
-            missing = [f"{lost:,} {kind} missing"] if lost else []
-            report.runs[f"{model} {task}"] = lacking + missing
+        ids = f"{tokenizer.vocabulary:,} ids, expected 250,002"
+        report.add("error", "", f"{path}: not XLM-R's sentencepiece.bpe.model ({ids})")
 
 
 # --------------------------------------------------------------------------------------------------
 # The report as text and as JSON
 
 
-def lines_of(report):
+def lines_of(report, possible):
     lines = [f"IGLUE data in {report.folder}"]
-    for task, languages in data.LANGUAGES.items():
-        # how many records and images there are, by split and language
-        splits = [split for split in data.ANNOTATIONS[task] if split != "few-shot"]
-        lines += ["", f"{task}, {UNITS[task]}/images: {', '.join(splits)}; few-shot sets"]
-        for language in languages:
-            line = f"  {language}"
-            for split in splits:
-                count = report.counts.get((task, split, language))
-                cell = "{:,}/{:,}".format(*count) if count else "-"
-                line += f"{cell:>16}"
-            for of, name, of_language in report.counts:
-                if (of, of_language) == (task, language) and name.startswith("shots"):
-                    line += name.removeprefix("shots")
-            lines.append(line)
-        for (of, kind, folder, split), (there, wanted) in report.pictures.items():
-            if of == task:
-                lines.append(f"  {kind:<8} {folder}, {split}: {there:,} of {wanted:,}")
-        lines += finding_lines(report, task)
-    lines += finding_lines(report, "")
+    nothing = not report.texts("there")
+    if nothing:
+        lines.append("none of IGLUE's annotation files: name the folder that gqa, xGQA, … lie in")
+    for (level, run, text), languages in report.findings.items():
+        if languages:
+            text += f": {' '.join(languages)}"
+        lines.append(f"{level:<8} {run:<15} {text}")
+
     missing = report.texts("missing")
     if missing:
-        lines += ["", *what_to_fetch(missing)]
-    return lines
+        lines += ["", "where to get what is missing"]
+    for path, source in SOURCES.items():
+        if nothing or any(text.startswith(path) for text in missing):
+            lines += [f"  {path}", f"      {source}"]
 
-
-def finding_lines(report, task):
-    lines = []
-    for level in ("error", "missing", "note"):
-        for (of_level, of, split, text), languages in report.findings.items():
-            if (of_level, of) == (level, task):
-                where = " ".join([split, *languages])
-                lines.append(f"  {level:<8} " + f"{where}: {text}".removeprefix(": "))
-    return lines
-
-
-def json_of(report, possible):
-    findings = [[*key, languages] for key, languages in report.findings.items()]
-    counts = {" ".join(key): count for key, count in report.counts.items()}
-    pictures = {" ".join(key): count for key, count in report.pictures.items()}
-    return json.dumps({"folder": report.folder, "possible": possible, "lacking": report.runs,
-                       "counts": counts, "pictures": pictures, "findings": findings}, indent=1)
+    # which runs can start
+    verdict = f"possible: {', '.join(possible) or 'none'}"
+    for run, reasons in report.lacking.items():
+        if reasons:
+            verdict += f"; not {run} ({', '.join(reasons)})"
+    return [*lines, "", verdict]
 
 
 def main(argv=None):
@@ -418,22 +328,17 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
 
+    # every finding, then what follows for the runs
     report = check(args.folder)
     if args.tokenizer:
         check_tokenizer(report, args.tokenizer)
-    possible = [run for run, lacking in report.runs.items() if not lacking]
-    lines = lines_of(report)
-    if not report.counts:
-        lines = [f"{args.folder}: none of IGLUE's annotation files"]
-        place = place_of(args.folder)
-        if place:
-            lines.append(f"IGLUE's folders lie in {place}: name that one")
-        lines += what_to_fetch()
-    verdict = f"possible: {', '.join(possible) or 'none'}"
-    for run, lacking in report.runs.items():
-        if lacking:
-            verdict += f"; not {run} ({', '.join(lacking)})"
-    print(json_of(report, possible) if args.json else "\n".join([*lines, "", verdict]))
+    possible = [run for run, reasons in report.lacking.items() if not reasons]
+    if args.json:
+        findings = [[*key, languages] for key, languages in report.findings.items()]
+        print(json.dumps({"folder": args.folder, "possible": possible, "lacking": report.lacking,
+                          "findings": findings}, indent=1))
+    else:
+        print("\n".join(lines_of(report, possible)))
     sys.exit(int(not possible or bool(report.texts("error"))))
 
 

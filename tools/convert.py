@@ -3,7 +3,7 @@
     python -m tools.convert SOURCE... DST [--boxes N]
 
 Sources, whose images all go into the one folder DST:
-    H5 files as IGLUE's (a group per image with features, boxes, img_w, img_h; needs h5py)
+    .h5, .hdf5: IGLUE's files (a group per image with features, boxes, img_w, img_h; needs h5py)
     TSV files of LXMERT and VOLTA (10 or 13 columns) and of bottom-up attention (6 columns)
     folders of <image>.npy and <image>_info.npy
 
@@ -11,14 +11,13 @@ One image is held at a time. Of each the first N regions are kept (36, as UC2 wa
 147,456 bytes of features of width 2,048, for GQA's training images 10.6 GB. The folder appears
 under its name when it is complete.
 
-Letters: V regions of an image, F feature width, N images.
+Letters: V regions of an image, F feature width.
 """
 
 import base64
 import glob
 import os
 import shutil
-from collections import namedtuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,21 +26,20 @@ import data
 import eval as evaluation
 from data import InputError, reading
 
-# features [V,F]; boxes [V,4] x1,y1,x2,y2; width and height of the image in pixels; where it stands
-Detections = namedtuple("Detections", "key features boxes width height where")
-
+HEADER = 128  # bytes of a numpy file before its array, however many images there are
 
 # --------------------------------------------------------------------------------------------------
-# Sources
+# Sources: each iterates over (where it stands, image id, features [V,F], boxes [V,4] x1,y1,x2,y2,
+# width, height of the image in pixels)
 
 
 def read_source(path):
-    """Iterate over the Detections of a source, whatever its format."""
+    """Iterate over the images of a source, whatever its format."""
     if os.path.isdir(path):
         return read_npy_pairs(path)
-    with reading(path), open(path, "rb") as file:
-        beginning = file.read(8)
-    return read_h5(path) if beginning == b"\x89HDF\r\n\x1a\n" else read_tsv(path)
+    if path.endswith((".h5", ".hdf5")):
+        return read_h5(path)
+    return read_tsv(path)
 
 
 def read_h5(path):
@@ -52,14 +50,10 @@ def read_h5(path):
     # without a lock: network disks have none, and another program may be reading the file
     with reading(path), h5py.File(path, "r", locking=False) as file:
         for key, group in file.items():
-            with reading(f"{path}, image {key}"):
-                names = ("features", "boxes", "img_w", "img_h")
-                features, boxes, width, height = [np.asarray(group[name]) for name in names]
-            yield Detections(key, features, boxes, width, height, f"{path}, image {key}")
-
-
-# number of columns -> columns of image id, width, height, number of boxes, boxes, features
-TSV_COLUMNS = {6: (0, 1, 2, 3, 4, 5), 10: (0, 2, 1, 7, 8, 9), 13: (0, 2, 1, 7, 8, 9)}
+            where, names = f"{path}, image {key}", ("features", "boxes", "img_w", "img_h")
+            with reading(where):
+                arrays = [np.asarray(group[name]) for name in names]
+            yield where, key, *arrays
 
 
 def read_tsv(path):
@@ -70,35 +64,37 @@ def read_tsv(path):
                 continue
             where = f"{path}, line {number}"
             with reading(where):
-                columns = line.rstrip(b"\r\n").split(b"\t")
-                if len(columns) not in TSV_COLUMNS:
+                columns = line.split(b"\t")
+                if len(columns) == 6:
+                    key, width, height, _, boxes, features = columns
+                elif len(columns) in (10, 13):
+                    key, height, width = columns[:3]
+                    boxes, features = columns[8:10]
+                else:
                     raise ValueError(f"{len(columns)} columns, expected 6, 10 or 13: not a TSV "
                                      "file of features, a compressed or a truncated one")
-                key, width, height, count, boxes, features = [
-                    columns[i] for i in TSV_COLUMNS[len(columns)]]
-                count = int(count)
-                boxes = np.frombuffer(base64.b64decode(boxes), "<f4").reshape(count, 4)
-                features = np.frombuffer(base64.b64decode(features), "<f4").reshape(count, -1)
-                key = key.decode()
-            yield Detections(key, features, boxes, width, height, f"{where}, image {key}")
+                boxes = np.frombuffer(base64.b64decode(boxes), "<f4").reshape(-1, 4)  # [V,4]
+                features = np.frombuffer(base64.b64decode(features), "<f4")
+                features = features.reshape(len(boxes), -1)  # [V,F]
+            yield where, key.decode(), features, boxes, width, height
 
 
 def read_npy_pairs(folder):
-    """<stem>.npy has the features, <stem>_info.npy a pickled dict of boxes and image size."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*_info.npy")))
-    if not paths:
+    """<image>.npy has the features, <image>_info.npy a pickled dict of boxes and image size."""
+    names = sorted(glob.glob("*_info.npy", root_dir=folder))
+    if not names:
         raise InputError(f"{folder}: no <image>_info.npy in it (an LMDB is not read: convert the "
                          "H5 or TSV file that it was made from)")
-    for path in paths:
-        stem = path.removesuffix("_info.npy")
+    for name in names:
+        key, path = name.removesuffix("_info.npy"), os.path.join(folder, name)
         with reading(path), open(path, "rb") as file:
             # the header of a numpy file, then a pickle, which numpy would execute
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
             info = data.ArrayUnpickler(file, encoding="latin-1").load().item()
             boxes, width, height = info["bbox"], info["image_width"], info["image_height"]
-        features = data.map_array(f"{stem}.npy")
-        yield Detections(os.path.basename(stem), features, boxes, width, height, f"{stem}.npy")
+        features = data.map_array(folder, f"{key}.npy")
+        yield path, key, features, boxes, width, height
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,8 +106,12 @@ def are_shares(boxes, width, height):
     return boxes.max() <= 1.01 and max(width, height) > 2
 
 
-def check_boxes(boxes, width, height):
-    """ValueError unless all boxes [V,4] are upright, in pixels and, to a pixel, in the image."""
+def check_image(features, boxes, width, height):
+    """ValueError unless features [V,F] are finite, and boxes [V,4] upright, in pixels and, to a
+    pixel, in the image.
+    """
+    if not np.isfinite(features).all():
+        raise ValueError("a feature is not finite, or beyond 65,504, the largest float16")
     if are_shares(boxes, width, height):
         raise ValueError("its boxes are shares of width and height, not pixels: every box would be "
                          "taken for a dot; convert the features again")
@@ -124,26 +124,19 @@ def check_boxes(boxes, width, height):
         raise ValueError(f"{box} is not a box x1, y1, x2, y2 in an image of {width} x {height}")
 
 
-def checked(found):
-    """Detections -> (key, features [V,F] float16, boxes [V,4] pixels, (w, h), whether the boxes
-    were shares of width and height). InputError for what no model should see.
-    """
-    with reading(found.where):
-        key = data.image_key(found.key)
-        size = int(found.width), int(found.height)
-        boxes = np.array(found.boxes, dtype=np.float32)
-        with np.errstate(over="ignore"):  # infinite then, and refused
-            features = np.array(found.features, dtype=np.float16)
-        if features.ndim != 2 or not features.size or boxes.shape != (len(features), 4):
-            raise ValueError(f"features {list(features.shape)} and boxes {list(boxes.shape)}, "
-                             "expected a row of each per region")
-        if not data.all_finite(features):
-            raise ValueError("a feature is not finite, or beyond 65,504, the largest float16")
-        shares = are_shares(boxes, *size)
-        if shares:
-            boxes *= [*size, *size]
-        check_boxes(boxes, *size)
-        return key, features, boxes, size, shares
+def checked(features, boxes, size):
+    """-> features [V,F] float16, boxes [V,4] in pixels. ValueError for what no model should see."""
+    boxes = np.array(boxes, dtype=np.float32)
+    with np.errstate(over="ignore"):  # infinite then, and refused
+        features = np.array(features, dtype=np.float16)
+    # a row per region in both
+    if features.ndim != 2 or not features.size or boxes.shape != (len(features), 4):
+        raise ValueError(f"features {features.shape} and boxes {boxes.shape}, expected a row of "
+                         "each per region")
+    if are_shares(boxes, *size):
+        boxes *= [*size, *size]
+    check_image(features, boxes, *size)
+    return features, boxes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,7 +146,6 @@ def checked(found):
 def convert(sources, folder, most=36):
     """Write the region features of all sources to a new folder: `most` regions of each image.
 
-    -> lines that tell what was done.
     InputError, naming the image, for what no model should see and for an image that occurs twice.
     """
     if os.path.lexists(folder):
@@ -162,80 +154,61 @@ def convert(sources, folder, most=36):
     try:
         data.make_folder(partial)
         with data.writing(folder):
-            lines = write_regions(sources, partial, most)
+            write_regions(sources, partial, most)
             os.rename(partial, folder)
-            return [*lines, f"written: {folder}"]
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_header(file, shape, kind):
-    """At the beginning of a numpy file. As long for any number of rows: it can be overwritten."""
-    file.seek(0)
-    header = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
 def write_regions(sources, folder, most):
-    rows, sizes, counts = {}, [], []  # by image: its row; size; regions that are kept
-    found_most, scaled, dim = 0, 0, None
-    with (open(os.path.join(folder, "features.npy"), "wb") as features_file,
-          open(os.path.join(folder, "boxes.npy"), "wb") as boxes_file):
+    """The files of data.Regions. Features are too many to be held at once; the rest is not."""
+    sizes = {}  # image id -> width, height
+    counts, all_boxes, dim = [], [], None
+    with open(os.path.join(folder, "features.npy"), "wb") as file:
+        # the header tells how many images there are: it is written last
+        file.seek(HEADER)
         for source in sources:
-            for found in tqdm(read_source(source), source, unit=" images", disable=None):
-                key, features, boxes, size, shares = checked(found)
-                if dim is None:
-                    dim = features.shape[1]
-                    write_header(features_file, (0, most, dim), np.float16)
-                    write_header(boxes_file, (0, most, 4), np.float32)
-                if features.shape[1] != dim:
-                    raise InputError(f"{found.where}: features of width {features.shape[1]:,}, "
-                                     f"those before have {dim:,}")
-                if key in rows:
-                    raise InputError(f"{found.where}: image {key} was there before")
-                rows[key] = len(rows)
-                sizes.append(size)
+            images = tqdm(read_source(source), source, disable=None)
+            for where, key, features, boxes, width, height in images:
+                with reading(where):
+                    key = data.image_key(key)
+                    size = int(width), int(height)
+                    features, boxes = checked(features, boxes, size)
+                    width = features.shape[1]
+                    dim = dim or width
+                    if width != dim:
+                        raise ValueError(f"features of width {width}, those before have {dim}")
+                    if key in sizes:
+                        raise ValueError(f"image {key} was there before")
+                sizes[key] = size
                 counts.append(min(len(features), most))
-                found_most = max(found_most, len(features))
-                scaled += shares
                 # cut to `most` regions, or padded with zeros
-                for array, file in ((features, features_file), (boxes, boxes_file)):
-                    padded = np.zeros((most, array.shape[1]), array.dtype)
-                    padded[: counts[-1]] = array[:most]
-                    file.write(padded.tobytes())
-        if not rows:
-            raise InputError(f"{', '.join(sources)}: no images")
-        write_header(features_file, (len(rows), most, dim), np.float16)
-        write_header(boxes_file, (len(rows), most, 4), np.float32)
-    np.save(os.path.join(folder, "sizes.npy"), np.array(sizes, dtype=np.int32))
-    if min(counts) < most:
-        np.save(os.path.join(folder, "counts.npy"), np.array(counts))
-    with open(os.path.join(folder, "ids.txt"), "w", encoding="utf-8") as file:
-        file.writelines(f"{key}\n" for key in rows)
-    # last: with it, the folder is complete
-    meta = {"format": 1, "count": len(rows), "boxes": most, "dim": dim, "dtype": "float16"}
-    names = ", ".join(os.path.basename(os.path.normpath(source)) for source in sources)
-    data.write_json(os.path.join(folder, "meta.json"), meta | {"source": names, "complete": True})
+                padding = (0, most - counts[-1]), (0, 0)
+                all_boxes.append(np.pad(boxes[:most], padding))
+                file.write(np.pad(features[:most], padding).tobytes())
+        if not sizes:
+            raise InputError(f"{source}: no images")
+        file.seek(0)
+        header = {"descr": "<f2", "fortran_order": False, "shape": (len(sizes), most, dim)}
+        np.lib.format.write_array_header_1_0(file, header)
 
-    lines = [f"{len(rows):,} images, up to {max(counts)} regions of width {dim:,} each"]
-    if scaled:
-        lines.append(f"boxes of {scaled:,} images were shares of width and height: turned into "
-                     "pixels")
-    if found_most > most:
-        lines.append(f"images have up to {found_most} regions; --boxes {found_most} keeps all")
-    return lines
+    arrays = {"boxes": all_boxes, "sizes": list(sizes.values()), "counts": counts}
+    for name, array in arrays.items():
+        np.save(os.path.join(folder, name), array)
+    with open(os.path.join(folder, "ids.txt"), "w", encoding="utf-8") as file:
+        file.writelines(f"{key}\n" for key in sizes)
 
 
 def main(argv=None):
-    parser = evaluation.Parser(description=__doc__.split("\n\n")[0])
+    parser = evaluation.Parser(description="Region features -> a folder that UC2 reads.")
     parser.add_argument("sources", nargs="+", help="H5 or TSV files, folders of npy files")
     parser.add_argument("folder", help="new folder to write")
-    parser.add_argument("--boxes", type=int, default=36, metavar="N", help="regions of each image "
-                        "that are kept (default: 36)")
+    parser.add_argument("--boxes", type=int, default=36, help="regions of each image (default: 36)")
     args = parser.parse_args(argv)
     if args.boxes < 1:
         parser.error("--boxes must be positive")
-    print(*convert(args.sources, args.folder, args.boxes), sep="\n")
+    convert(args.sources, args.folder, args.boxes)
+    print(f"written: {args.folder}")
 
 
 if __name__ == "__main__":

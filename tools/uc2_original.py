@@ -9,81 +9,68 @@ have eps 1e-12, which the config beside the tensors says ({"variant": "original"
 taken, or named as unused.
 """
 
-import argparse
-import sys
-
 import torch
 
 import data
+import eval as evaluation
 import uc2
 from model import load, read_checkpoint, rename
 
-# (original, IGLUE's name), but for the layers, which `uc2.official_name` counts as IGLUE does
-NAMES = [
-    (r"^roberta\.encoder\.layer\.", "layers."),
-    (r"^roberta\.embeddings\.", "bert.embeddings."),
-    (r"^roberta\.img_embeddings\.img_linear\.", "bert.embeddings.image_embeddings."),
-    (r"^roberta\.img_embeddings\.img_layer_norm\.", "bert.embeddings.image_layer_norm."),
-    (r"^roberta\.img_embeddings\.pos_linear\.", "bert.embeddings.image_location_embeddings."),
-    (r"^roberta\.img_embeddings\.pos_layer_norm\.", "bert.embeddings.image_location_layer_norm."),
-    (r"^roberta\.img_embeddings\.LayerNorm\.", "bert.embeddings.v_LayerNorm."),
-    (r"^roberta\.pooler\.", "bert.t_pooler."),
-    (r"^cls\.(bias|decoder\.weight)$", r"cls.predictions.\1"),
-    (r"^cls\.dense\.", "cls.predictions.transform.dense."),
-    (r"^cls\.layer_norm\.", "cls.predictions.transform.LayerNorm."),
-    (r"^itm_output\.", "cls.bi_seq_relationship."),
-    (r"^region_classifier\.net\.0\.", "cls.imagePredictions.transform.dense."),
-    (r"^region_classifier\.net\.2\.", "cls.imagePredictions.transform.LayerNorm."),
-    (r"^region_classifier\.net\.3\.", "cls.imagePredictions.decoder_dict.0."),
-]
-# heads of pre-training that IGLUE's file has not, the embedding of hidden regions, and a second
-# name of cls.bias
-UNUSED = ("vis_cls.", "feat_regress.", "roberta.img_embeddings.mask_embedding.", "cls.decoder.bias")
+# original -> uc2.py's name, from which `uc2.official_name` makes IGLUE's
+NAMES = {
+    r"^roberta\.encoder\.layer\.": "layers.",
+    r"^roberta\.embeddings\.": "bert.embeddings.",
+    r"^roberta\.img_embeddings\.img_linear": "region_embeddings.feature",
+    r"^roberta\.img_embeddings\.img_layer_norm": "region_embeddings.feature_norm",
+    r"^roberta\.img_embeddings\.pos_linear": "region_embeddings.location",
+    r"^roberta\.img_embeddings\.pos_layer_norm": "region_embeddings.location_norm",
+    r"^roberta\.img_embeddings\.LayerNorm": "region_embeddings.norm",
+    r"^roberta\.pooler\.dense": "pooler",
+    r"^cls\.(bias|dense)": r"mlm_head.\1",
+    r"^cls\.layer_norm": "mlm_head.norm",
+    r"^itm_output": "itm_head",
+    r"^region_classifier\.net": "region_classes",
+}
+# heads of pre-training that IGLUE's file has not, the embedding of hidden regions, and second names
+# of the word embeddings and of cls.bias
+UNUSED = ("vis_cls.", "feat_regress.", "roberta.img_embeddings.mask_embedding.", "cls.decoder.")
 
 
 def convert(tensors, config, source):
     """-> (what torch.save writes: {"model", "config"}, names of the tensors that are not taken).
 
-    Raises ValueError, one line, for any other file.
+    Raises ValueError, one line, for any other file, or KeyError for one that lacks a tensor.
     """
     if "roberta.pooler.dense.weight" not in tensors:
-        raise ValueError(f"{source}: not UC2's original file (no tensor "
-                         "'roberta.pooler.dense.weight')")
+        raise ValueError(f"{source}: not UC2's original file; IGLUE's needs no conversion")
     renamed, unused = {}, []
     for name, tensor in tensors.items():
         if name.startswith(UNUSED):
             unused.append(name)
         else:
-            renamed[uc2.official_name(rename(name, NAMES))] = tensor
+            renamed[uc2.official_name(rename(name, NAMES.items()))] = tensor
 
     # IGLUE's second names of the same tensors
-    source = f"{source}, renamed as IGLUE's"
-    sizes = uc2.read_sizes(renamed, config | {"variant": "original"}, source)
+    config = config | {"variant": "original"}
     with torch.device("meta"):
-        whole = uc2.UC2(sizes, "pretraining")
+        whole = uc2.UC2(uc2.read_sizes(renamed, config, source), "pretraining")
     for alias, first in whole.aliases().items():
-        if first in renamed:
-            renamed[alias] = renamed[first]
+        renamed[alias] = renamed[first]
     # nothing is copied into a model without memory, but every name and shape is checked
     load(whole, renamed, source)
-    return {"model": renamed, "config": whole.config()}, unused
+    return {"model": renamed, "config": config}, unused
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("original", metavar="model_step_200000.pt")
-    parser.add_argument("out", metavar="OUT.pt")
+    parser = evaluation.Parser(description="UC2's original file under IGLUE's names.")
+    parser.add_argument("original")
+    parser.add_argument("out")
     args = parser.parse_args()
-    try:
-        tensors, config = read_checkpoint(args.original)
-        content, unused = convert(tensors, config, args.original)
-        data.write(args.out, lambda file: torch.save(content, file))
-    except (ValueError, data.InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{args.out}: {len(tensors) - len(unused)} tensors; not taken: {', '.join(unused)}")
+    with data.reading("not converted"):
+        content, unused = convert(*read_checkpoint(args.original), args.original)
+    data.write(args.out, lambda file: torch.save(content, file))
+    print("not taken:", *unused)
 
 
 if __name__ == "__main__":
-    main()
+    evaluation.command(main)
