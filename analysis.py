@@ -149,7 +149,7 @@ def read_run(folder, *moved):
     conditions["data, checkpoint or tokenizer"] = set(evaluation.fingerprints(folder).values())
     # results after every epoch from the log; the last evaluation has no epoch there
     epochs = {}
-    for _, line in data.read_jsonl(os.path.join(folder, "log.jsonl")):
+    for _, line in data.read_jsonl(f"{folder}/log.jsonl"):
         languages = line.get("languages", {})
         # the accuracy of a type of question becomes a score like others
         for scores in languages.values():
@@ -327,7 +327,7 @@ def fewshot(runs):
 def english_run(run, runs):
     """The one of `runs` whose weights a few-shot run started from, by their fingerprint."""
     for other in runs:
-        if evaluation.has_read(run.folder, os.path.join(other.folder, "model.pt")):
+        if evaluation.has_read(run.folder, f"{other.folder}/model.pt"):
             return other
     raise InputError(f"{run.folder}: its English run {run.args.init} is not among these runs, or "
                      "was trained again since")
@@ -587,7 +587,7 @@ def publish(table, out):
             flat |= zip([column, f"{column} sd", f"{column} n"], parts)
         rows.append(flat)
         columns |= flat
-    path = os.path.join(out, table.name)
+    path = f"{out}/{table.name}"
     with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

@@ -99,8 +99,9 @@ class CCLM(nn.Module):
         if task == "pretraining":
             self.bbox_head = mlp_head(s.width, 4)
             # its output matrix is its own, not tied to the word embeddings
-            self.mlm_head = nn.Sequential(Linear(s.width, s.width), nn.GELU(),
-                                          LayerNorm(s.width, eps=1e-5), Linear(s.width, s.vocabulary))
+            self.mlm_head = nn.Sequential(
+                Linear(s.width, s.width), nn.GELU(), LayerNorm(s.width, eps=1e-5),
+                Linear(s.width, s.vocabulary))
         self.apply(init_weights)
         self.vision.init_weights()
 
@@ -433,13 +434,10 @@ class AnswerDecoder(nn.Module):
         self.norm = LayerNorm(s.width, eps=1e-12)
         self.bias = Parameter(torch.zeros(s.vocabulary))
 
-    def logits(self, hidden, tokens=None):
-        """[...,D] -> [...,V], or the logits of `tokens` alone."""
+    def logits(self, hidden):
+        """[...,D] -> [...,V]."""
         hidden = self.norm(F.gelu(self.dense(hidden)))
-        matrix, bias = self.embeddings.word.weight, self.bias
-        if tokens is not None:
-            matrix, bias = matrix[tokens], bias[tokens]
-        return F.linear(hidden, matrix, bias)
+        return F.linear(hidden, self.embeddings.word.weight, self.bias)
 
     def memory(self, question_states):
         """Keys and values of the questions [Q,T,D], for every layer."""
@@ -475,7 +473,7 @@ class AnswerTrie:
 
     paths [N,L]: the tokens of each prefix from <s> on, padded; depths [N]: where its last token is;
     tokens [N]: which it is; parents [N]: the node without it; labels [N]: the label that ends
-    there, or -1. vocabulary [S]: the tokens that occur, with </s>.
+    there, or -1.
     """
 
     def __init__(self, answers, device):
@@ -497,7 +495,6 @@ class AnswerTrie:
         self.paths = pad_sequence(paths, batch_first=True, padding_value=PAD)
         self.depths = (self.paths != PAD).sum(1) - 1
         self.tokens = self.paths.gather(1, self.depths[:, None])[:, 0]
-        self.vocabulary = torch.cat([self.tokens[1:], self.tokens.new_tensor([EOS])]).unique()
         self.parents = torch.tensor(parents, device=device)
         self.labels = torch.tensor(labels, device=device)
         self.answers = len(answers)
@@ -542,15 +539,9 @@ def best_answers(decoder, question_states, question_mask, trie, at_once=64):
         log_p = waiting[question, node]
         waiting[question, node] = -torch.inf
 
-        # A first look at the labels' own tokens, which the normaliser is at least the sum of: most
-        # prefixes are out, whatever follows them. The margin is for rounding.
-        look = in_float32(lambda states: decoder.logits(states, trie.vocabulary), last)  # [n,S]
-        at_most = log_p + look.amax(1) - look.logsumexp(1)
-        row = (at_most > best[question, 0] - 1e-3).nonzero()[:, 0]
-        question, node = question[row], node[row]
         # log p of a longer prefix is this one's, plus its token's logit, minus the normaliser
-        logits = in_float32(decoder.logits, last[row])  # [n,V]
-        log_p = log_p[row] - logits.logsumexp(1)
+        logits = in_float32(decoder.logits, last)  # [n,V]
+        log_p -= logits.logsumexp(1)
 
         # prefixes that are labels: </s> follows
         row = (trie.labels[node] >= 0).nonzero()[:, 0]

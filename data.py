@@ -480,9 +480,6 @@ class Images:
             raise InputError(f"{missing[0]}: no such image ({len(missing):,} of {len(keys):,} are "
                              "missing)")
 
-    def __len__(self):
-        return len(self.keys)
-
     def batch(self, rows, may_flip=None, seeds=None):
         """{"images": uint8 [I,3,R,R]}; augmented where `seeds` are given, one per image."""
         images = []
@@ -551,9 +548,6 @@ class Regions:
                              f"{len(keys):,} images are missing)")
         self.rows = np.array([self.row_of[key] for key in keys])
 
-    def __len__(self):
-        return len(self.keys)
-
     def batch(self, rows, may_flip=None, seeds=None):
         """{"features": float16 [I,V,F], "locations": [I,V,7], "region_mask": [I,V]}."""
         # rows of the folder; as many regions as the image with the most of them has
@@ -566,13 +560,6 @@ class Regions:
         mask = (np.arange(most) < counts[:, None]).astype(np.int64)  # [I,V]
         batch = {"features": features, "locations": places, "region_mask": mask}
         return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-
-def all_finite(array):
-    if array.dtype == np.float16:
-        # no number has all bits of the exponent set: several times faster than isfinite
-        return (array.view(np.uint16) & 0x7C00).max() < 0x7C00
-    return np.isfinite(array).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -718,7 +705,7 @@ class TrainingBatches:
         self.examples, self.pictures, self.targets = examples, pictures, targets
         self.seed, self.augment, self.share_images = seed, augment, share_images
 
-    def __getitem__(self, item):
+    def batch(self, item):
         epoch, indices = item
         examples = self.examples
         # draws of an example depend on nothing but seed, epoch and example
@@ -770,7 +757,7 @@ class RankingBatches:
         other = generator.integers(len(self.captions_of) - 1)
         return other + (other >= image)
 
-    def __getitem__(self, item):
+    def batch(self, item):
         epoch, indices = item
         examples, images, texts = self.examples, [], []
         for index in indices:
@@ -826,16 +813,16 @@ def read_hard_negatives(data, image_keys):
 # Loading ahead in other processes
 
 
-def load_batches(dataset, items, workers, device):
-    """dataset[item] of every item, in order, made ahead by worker processes (0: in this one).
+def load_batches(make, items, workers, device):
+    """make(item) of every item, in order, made ahead by worker processes (0: in this one).
 
     Worker w makes items w, w + workers, … and sends each through a pipe of its own. A pipe ends
     with its worker, so one that dies is noticed at once; and nothing goes through /dev/shm, which
-    is small in Docker. InputError if a worker dies; what dataset[item] raises in it is raised here.
+    is small in Docker. InputError if a worker dies; what make(item) raises in it is raised here.
     """
     # workers share the data with this process by forking, which is safe on Linux alone
     if workers == 0 or sys.platform != "linux":
-        yield from map(dataset.__getitem__, items)
+        yield from map(make, items)
         return
     # how this process makes tensors of the arrays that come through the pipes
     rebuild = pinned if device.type == "cuda" else torch.from_numpy
@@ -848,7 +835,7 @@ def load_batches(dataset, items, workers, device):
             if process == 0:
                 share = itertools.islice(items, w, None, workers)
                 pipe.close()  # the main process alone reads: without it, sending fails
-                make_batches(dataset, share, end, rebuild)
+                make_batches(make, share, end, rebuild)
             processes.append(process)
             end.close()  # the worker's is now the only one
         # in the order of the items: from one worker after the other
@@ -871,7 +858,7 @@ def load_batches(dataset, items, workers, device):
             os.waitpid(process, 0)
 
 
-def make_batches(dataset, items, end, rebuild):
+def make_batches(make, items, end, rebuild):
     """All that a worker process does, to its end. rebuild(array): makes a tensor of it again."""
     try:
         # a signal to all processes, such as Ctrl-C, is for the main one: it ends the workers
@@ -884,7 +871,7 @@ def make_batches(dataset, items, end, rebuild):
             pickler = pickle.Pickler(buffer, protocol=5)
             # tensors go as numpy arrays: torch's own way to send them goes through /dev/shm
             pickler.dispatch_table = {torch.Tensor: lambda tensor: (rebuild, (tensor.numpy(),))}
-            pickler.dump(dataset[item])
+            pickler.dump(make(item))
             end.send_bytes(buffer.getbuffer())
         end.send(None)
     except Exception as error:  # the main process raises it

@@ -206,16 +206,6 @@ def evaluate(model, evaluation, device, precision="float32", workers=0, candidat
     return found
 
 
-@dataclass
-class Pictures:
-    """Item: image rows -> their tensors."""
-
-    pictures: object  # data.Images or data.Regions
-
-    def __getitem__(self, rows):
-        return self.pictures.batch(rows)
-
-
 def picture_batches(pictures, rows, workers, device):
     """This process's share of the images, in batches: (rows, their tensors on the device)."""
     rank, processes = ranks()
@@ -223,7 +213,7 @@ def picture_batches(pictures, rows, workers, device):
     size = IMAGES_AT_ONCE[device.type]
     # worker processes load the next batches while the model is at work on this one
     chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
-    loaded = data.load_batches(Pictures(pictures), chunks, workers, device)
+    loaded = data.load_batches(pictures.batch, chunks, workers, device)
     for chunk in progress(chunks, "images"):
         batch = next(loaded)
         for name, tensor in batch.items():
@@ -509,7 +499,7 @@ def mean_zero_shot(results, metric):
 def stored(run, part):
     """A part of the args.json of a run's folder: "args", "recipe", "fingerprints", …"""
     with data.reading(run):
-        return data.read_json(os.path.join(run, "args.json"))[part]
+        return data.read_json(f"{run}/args.json")[part]
 
 
 def read_run(run, data_folder=None, tokenizer=None):
@@ -527,7 +517,7 @@ def read_run(run, data_folder=None, tokenizer=None):
 
 def read_results(run):
     """-> the results of a finished run."""
-    path = os.path.join(run, "results.json")
+    path = f"{run}/results.json"
     if not os.path.isfile(path):
         raise InputError(f"{run}: this run is not finished (no results.json); train.py's "
                          "--resume goes on with it")
@@ -569,7 +559,7 @@ def load_run(run, device, epoch=None, data_folder=None, tokenizer=None):
             raise InputError(f"{path}: it is gone since {run}; --data DIR, --tokenizer FILE tell "
                              "where it is now (train.py --dry-run writes the miniature's)")
     weights = "model.pt" if epoch is None else f"epoch{epoch}.pt"
-    model = load_weights(os.path.join(run, weights), args, device)
+    model = load_weights(f"{run}/{weights}", args, device)
     tokenizer = data.Tokenizer(args.tokenizer)
     # by their fingerprints, are they the files of the run, wherever they lie now?
     paths = [args.tokenizer]
@@ -610,12 +600,12 @@ def main(argv=None):
     chosen = load_split(args, recipe, tokenizer, labels, given.split, languages)
     check_features(model, chosen.pictures)
     # results and predictions in the form in which train.py leaves them
-    out = given.out or os.path.join(given.run, name)
-    data.make_folder(os.path.join(out, "predictions"))
+    out = given.out or f"{given.run}/{name}"
+    data.make_folder(f"{out}/predictions")
     results, predictions = evaluate(model, chosen, device, args.precision, args.workers)
     for language, entries in predictions.items():
-        data.write_json(os.path.join(out, "predictions", f"{language}.json"), entries)
-    data.write_json(os.path.join(out, "results.json"), {"languages": results})
+        data.write_json(f"{out}/predictions/{language}.json", entries)
+    data.write_json(f"{out}/results.json", {"languages": results})
     print(table(args.task, results))
     print(f"results and predictions: {out}")
 

@@ -341,7 +341,7 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
     steps = len(examples) // recipe.batch_size  # of an epoch
     total, num_layers = steps * recipe.epochs, len(model.layers)
     optimizer = make_optimizer(model, args, recipe, steps)
-    state, saved = {"step": 0, "log": ""}, os.path.join(args.run, "last.pt")
+    state, saved = {"step": 0, "log": ""}, f"{args.run}/last.pt"
     if args.resume and os.path.isfile(saved):
         state = torch.load(saved, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
@@ -356,7 +356,7 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
     items = data.training_items(
         examples, recipe.batch_size, args.seed, recipe.epochs, first, processes * args.grad_accum,
         mine, pool=pool, groups=groups, group_size=args.questions_per_image)
-    batches = data.load_batches(dataset, items, args.workers, device)
+    batches = data.load_batches(dataset.batch, items, args.workers, device)
     if args.compile:
         compile_layers(model)
     model.train()
@@ -506,7 +506,7 @@ def open_log(run, text=""):
 
     It holds no times: the log of a resumed run equals that of an uninterrupted one.
     """
-    path = os.path.join(run, "log.jsonl")
+    path = f"{run}/log.jsonl"
     data.write(path, lambda file: file.write(text.encode()))
     return open(path, "a", encoding="utf-8")
 
@@ -551,7 +551,7 @@ def settings_of(args, recipe, fingerprints):
 def free_name(folder):
     """The folder, or the first of folder-2, folder-3 … that holds no run."""
     name, number = folder, 1
-    while os.path.exists(os.path.join(name, "args.json")):
+    while os.path.exists(f"{name}/args.json"):
         number += 1
         name = f"{folder}-{number}"
     return name
@@ -570,7 +570,8 @@ def start_folder(args, recipe, changed, model, fingerprints):
 
     InputError where a resumed run was another one, or where the disk is too small for its end.
     """
-    path, settings = os.path.join(args.run, "args.json"), settings_of(args, recipe, fingerprints)
+    path = f"{args.run}/args.json"
+    settings = settings_of(args, recipe, fingerprints)
     if os.path.isfile(path):
         then = data.read_json(path)["settings"]
         for name, value in settings.items():
@@ -579,7 +580,7 @@ def start_folder(args, recipe, changed, model, fingerprints):
                                  f"{then.get(name)}, now {value}")
     if ranks()[0] > 0:
         return
-    data.make_folder(os.path.join(args.run, "predictions"))
+    data.make_folder(f"{args.run}/predictions")
     # model.pt; last.pt with Adam's two moments, beside the one before; every epoch's weights
     copies = 1 + 2 * 3 + args.save_epochs * recipe.epochs
     needed = copies * 4 * sum(parameter.numel() for parameter in model.parameters())
@@ -663,11 +664,10 @@ def accumulation(args, recipe, examples):
                          f"batch of {size}; use a smaller --batch-size")
     if args.grad_accum is None:
         args.grad_accum = math.ceil(size / (processes * recipe.micro_batch))
-        while size % (processes * args.grad_accum) and args.grad_accum < size:
-            args.grad_accum += 1
     if size % (processes * args.grad_accum):
         raise InputError(f"a batch of {size} cannot be split evenly over {processes} process(es) x "
-                         f"{args.grad_accum} accumulation steps")
+                         f"{args.grad_accum} accumulation steps: choose another --grad-accum or "
+                         "--batch-size")
     contrasted = size // args.grad_accum
     most = int(np.bincount(examples.image_rows).max())  # captions of one image
     if args.model == "cclm" and args.task == "xflickrco" and contrasted <= most:
@@ -676,14 +676,12 @@ def accumulation(args, recipe, examples):
                          f"image, which has up to {most} captions")
 
 
-def print_plan(args, recipe, changed, model, examples, tests):
+def print_plan(args, recipe, changed, model, examples):
     """Data counts, recipe, schedule and learning rates."""
     n, steps = len(model.layers), len(examples) // recipe.batch_size
     say(f"{len(examples):,} training examples on {len(examples.image_keys):,} images; "
         f"{recipe.epochs} epochs of {steps:,} steps of {recipe.batch_size}, in {args.grad_accum} "
         f"forward pass(es) on each of {ranks()[1]} process(es), {args.precision}")
-    counts = [f"{language} {len(part):,}" for language, part in tests.examples.items()]
-    say("test: " + ", ".join(counts))
     say("\n    ".join(["not as in the paper:", *changed]) if changed else "recipe: the paper's")
 
     # parameters of each layer, and of what is outside the layers
@@ -709,8 +707,8 @@ def print_plan(args, recipe, changed, model, examples, tests):
 def run(args, stop):
     """From the command line to results.json."""
     device = start(args)
-    default = f"{args.model}-{args.task}-{strategy_name(args)}-seed{args.seed}"
-    args.run = args.run_dir or os.path.join("runs", default)
+    default = f"runs/{args.model}-{args.task}-{strategy_name(args)}-seed{args.seed}"
+    args.run = args.run_dir or default
     check_new(args)
     if args.data is None:
         args.data, args.checkpoint, args.tokenizer = world.prepare(args.model)
@@ -735,12 +733,12 @@ def run(args, stop):
     tests = evaluation.load_split(args, recipe, tokenizer, labels, "test")
     evaluation.check_features(model, dataset.pictures, tests.pictures)
     accumulation(args, recipe, examples)
-    print_plan(args, recipe, changed, model, examples, tests)
+    print_plan(args, recipe, changed, model, examples)
     if args.dry_run:
         return
     fingerprints = fingerprints_of(args, args.checkpoint, examples, tests)
     start_folder(args, recipe, changed, model, fingerprints)
-    if os.path.isfile(os.path.join(args.run, "results.json")):
+    if os.path.isfile(f"{args.run}/results.json"):
         say(f"{args.run} is complete")
         return
 
@@ -751,7 +749,7 @@ def run(args, stop):
             if log:
                 add_line(log, step=step, epoch=epoch + 1, **summary(args, results))
         if args.save_epochs and log:
-            write_weights(os.path.join(args.run, f"epoch{epoch + 1}.pt"), model)
+            write_weights(f"{args.run}/epoch{epoch + 1}.pt", model)
 
     log = fit(model, examples, dataset, args, recipe, device, stop, after_epoch)
     results, predictions = evaluation.evaluate(model, tests, device, args.precision, args.workers)
@@ -774,11 +772,10 @@ def finish(args, model, results, predictions, log, step):
     """Predictions, weights, and results.json last: where it is, the run is complete."""
     if log:
         for language, entries in predictions.items():
-            path = os.path.join(args.run, "predictions", f"{language}.json")
-            data.write_json(path, entries)
-        write_weights(os.path.join(args.run, "model.pt"), model)
+            data.write_json(f"{args.run}/predictions/{language}.json", entries)
+        write_weights(f"{args.run}/model.pt", model)
         add_line(log, step=step, **results)
-        data.write_json(os.path.join(args.run, "results.json"), results)
+        data.write_json(f"{args.run}/results.json", results)
     say(evaluation.table(args.task, results["languages"]))
     say(f"results, predictions and weights: {args.run}")
 
@@ -787,7 +784,7 @@ def next_step(args, fingerprints):
     """What to run after standard fine-tuning or SUF: the other one, or their comparison."""
     other = "suf" if args.suf is None else "standard"
     folder = args.run.replace(f"-{strategy_name(args)}-", f"-{other}-")
-    finished = folder != args.run and os.path.isfile(os.path.join(folder, "results.json"))
+    finished = folder != args.run and os.path.isfile(f"{folder}/results.json")
     if finished and evaluation.fingerprints(folder) == fingerprints:
         pair = [args.run, folder] if other == "suf" else [folder, args.run]
         return f"next: python -m tools.compare {shlex.join(pair)}"

@@ -292,9 +292,8 @@ class RegionEmbeddings(nn.Module):
         A location: x1 y1 x2 y2 width height area, as shares of the image.
         """
         # features are stored and travel as float16
-        dtype = self.feature.weight.dtype
-        appearance = self.feature_norm(self.feature(features.to(dtype)))
-        place = self.location_norm(self.location(locations.to(dtype)))
+        appearance = self.feature_norm(self.feature(features.to(locations.dtype)))
+        place = self.location_norm(self.location(locations))
         return self.dropout(self.norm(appearance + place + token_type))
 
 
