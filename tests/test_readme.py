@@ -1,4 +1,4 @@
-"""README.md and docs/ keep their promises: commands parse, links, files and tests exist, numbers were measured."""
+"""README.md and docs/ keep their promises: commands parse, what is named exists, numbers were measured."""
 
 import argparse
 import importlib
@@ -15,7 +15,8 @@ from conftest import ROOT
 import analysis
 import train
 
-PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = {path: path.read_text(encoding="utf-8") for path in FILES}
 README = PAGES[ROOT / "README.md"]
 PROSE = {path: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for path, text in PAGES.items()}
 MEASURED = json.loads((ROOT / "docs" / "measured.json").read_text(encoding="utf-8"))
@@ -26,14 +27,19 @@ UNIT = r"(?=\s(?:seconds|minutes|points|%))"
 
 
 def commands():
-    """(program, words) of every command in bash blocks and in `…`. Shell variables have their (first) value."""
+    """(program, words) of every command in bash blocks and in `…`; variables have their (first) value."""
     for path, text in PAGES.items():
-        shell = re.sub(r"\\\n|#.*", " ", "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)))
-        variables = re.findall(r'^(\w+)="(.*)"$', shell, re.MULTILINE) + re.findall(r"\bfor (\w+) in (\S+)", shell)
-        for line in re.split(r"\n|;|&&", shell) + re.findall(r"`((?:python|torchrun) [^`]*)`", PROSE[path]):
-            found = re.search(r"\b(?:python|torchrun\b.*?) (?:-m )?((?:tools|miniature)\.\w+|\S+\.py)\b(.*)", line)
+        blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        shell = re.sub(r"\\\n|#.*", " ", "\n".join(blocks))
+        variables = re.findall(r'^(\w+)="(.*)"$', shell, re.MULTILINE)
+        variables = dict(variables + re.findall(r"\bfor (\w+) in (\S+)", shell))
+        quoted = re.findall(r"`((?:python|torchrun) [^`]*)`", PROSE[path])
+        for line in re.split(r"\n|;|&&", shell) + quoted:
+            found = re.search(r"\b(?:python|torchrun\b.*?) (?:-m )?"
+                              r"((?:tools|miniature)\.\w+|\S+\.py)\b(.*)", line)
             if found:
-                yield found[1], tuple(shlex.split(string.Template(found[2]).safe_substitute(dict(variables))))
+                words = string.Template(found[2]).safe_substitute(variables)
+                yield found[1], tuple(shlex.split(words))
 
 
 COMMANDS = list(dict.fromkeys(commands()))
@@ -43,8 +49,9 @@ class Parsed(Exception):
     """The command line was understood."""
 
 
-@pytest.mark.parametrize("program, words", COMMANDS, ids=[" ".join((program, *words)) for program, words in COMMANDS])
-def test_command_is_understood(program, words, monkeypatch):
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join((command[0], *command[1])))
+def test_command_is_understood(command, monkeypatch):
+    program, words = command
     if program == "train.py":
         train.parse_args(list(words))  # also refuses flags that contradict each other
         return
@@ -62,8 +69,7 @@ def test_commands_were_found():
     """The rows of Tables 1, 4, 5 and 6, and every program that has a command line."""
     runs = [train.parse_args(list(words)) for program, words in COMMANDS if program == "train.py"]
     real = {(run.model, run.task, train.strategy_name(run)) for run in runs if run.data == "IGLUE"}
-    assert real >= {(model, task, strategy) for model in ("uc2", "cclm") for task in ("xgqa", "xvnli", "xflickrco")
-                    for strategy in ("standard", "suf")}
+    assert real >= {(*pair, strategy) for pair in train.RECIPES for strategy in ("standard", "suf")}
     programs = {f"tools.{path.stem}" for path in ROOT.glob("tools/[!_]*.py")}
     programs |= {"analysis.py", "eval.py", "schedule.py", "miniature.pretrain", "tests/benchmark.py"}
     assert programs - {program for program, _ in COMMANDS} == set()
@@ -95,22 +101,24 @@ def test_what_is_named_exists(path):
         assert f"\ndef {name}(" in sources, name
 
 
-@pytest.mark.parametrize("page, name, text", BLOCKS, ids=[f"{page}: {name}" for page, name, _ in BLOCKS])
+@pytest.mark.parametrize("page, name, text", BLOCKS, ids=[": ".join(block[:2]) for block in BLOCKS])
 def test_numbers_were_measured(page, name, text):
-    """Each in its place: of every row those behind its first cell, of the prose those with a point or a unit."""
+    """Each in its place: of a row those behind its first cell, of the prose those with point or unit."""
     if not text.strip():
         pytest.skip("still to be measured")
-    assert MEASURED[name]["command"]
-    rows = []
+    measured, rows = MEASURED[name], []
+    assert measured["command"]
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         rows += [row.strip("|").split("|") for row in table.splitlines()[2:]]
-    assert [row[0].strip() for row in rows] == [row[0] for row in MEASURED[name]["rows"]]
-    places = [(re.findall(NUMBER, " ".join(row[1:])), values[1:]) for row, values in zip(rows, MEASURED[name]["rows"])]
-    places.append((re.findall(rf"-?\d[\d,]*\.\d+|{NUMBER}{UNIT}", re.sub(r"(?m)^\|.*\n", "", text)),
-                   MEASURED[name]["prose"]))
+    assert [row[0].strip() for row in rows] == [row[0] for row in measured["rows"]]
+    places = []
+    for row, values in zip(rows, measured["rows"]):
+        places.append((re.findall(NUMBER, " ".join(row[1:])), values[1:]))
+    prose = re.sub(r"(?m)^\|.*\n", "", text)
+    places.append((re.findall(rf"-?\d[\d,]*\.\d+|{NUMBER}{UNIT}", prose), measured["prose"]))
     for shown, values in places:
-        assert len(shown) == len(values)
-        assert shown == [f"{value:,.{len(said.partition('.')[2])}f}" for said, value in zip(shown, values)]
+        decimals = [len(said.partition(".")[2]) for said in shown]
+        assert shown == [f"{value:,.{n}f}" for value, n in zip(values, decimals, strict=True)]
 
 
 def test_every_measurement_is_shown():
@@ -125,12 +133,13 @@ PAPER_TABLE_1 = {  # means that its Tables 4 and 6 print differently
 
 
 def test_the_papers_table_1():
-    columns = "xgqa accuracy, xvnli accuracy, xflickrco text_recall_at_1, xflickrco image_recall_at_1".split(", ")
+    columns = [("xgqa", "accuracy"), ("xvnli", "accuracy"), ("xflickrco", "text_recall_at_1"),
+               ("xflickrco", "image_recall_at_1")]
     rows = re.findall(r"^\| (UC2|CCLM)( \+ SUF)? \|((?: +\d+\.\d \|){8})$", README, re.MULTILINE)
     for model, suf, row in rows:
         expected = []
         for column in columns:
-            key = (model.lower(), "suf" if suf else "standard", *column.split())
+            key = (model.lower(), "suf" if suf else "standard", *column)
             paper = analysis.paper(*key)
             expected += [paper["en"], PAPER_TABLE_1.get(key, paper["others"])]
         assert [float(cell) for cell in row.strip("|").split("|")] == expected, (model, suf)

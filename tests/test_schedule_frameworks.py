@@ -1,6 +1,7 @@
-"""The code of docs/schedule.md in the loops it is written for; a test is skipped where its library is missing.
+"""The code of docs/schedule.md in the loops it is written for; skipped where a library is missing.
 
-pip install transformers accelerate lightning peft; run with transformers 5.24, lightning 2.6.6, peft 0.21.2.
+pip install transformers accelerate lightning peft; run with transformers 5.24, lightning 2.6.6, peft
+0.21.2.
 """
 
 import re
@@ -28,8 +29,8 @@ def weights(model):
 
 def layers_that_differ(before, after):
     """Indices of the layers in which any tensor differs."""
-    found = [re.search(r"layers?\.(\d)\.", name) for name in before if not torch.equal(before[name], after[name])]
-    return {int(match[1]) for match in found if match}
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    return {int(number) for number in re.findall(r"layers?\.(\d)\.", " ".join(changed))}
 
 
 # ---- Hugging Face Trainer
@@ -80,7 +81,8 @@ def test_trainer_with_apply_too_early_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"encoder\.layer\.0\..* is not in the optimizer"):
         run_block("trainer.train()", names)
     groups = names["trainer"].optimizer.param_groups
-    assert sum(len(group["params"]) for group in groups) == 41 and len(list(names["model"].parameters())) == 105
+    assert sum(len(group["params"]) for group in groups) == 41
+    assert len(list(names["model"].parameters())) == 105
 
 
 def test_peft_adapters_thaw(tmp_path):
