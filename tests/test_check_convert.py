@@ -285,12 +285,13 @@ def test_convert_several_sources_into_one_folder(tmp_path):
         convert.convert([str(sources[0])], str(tmp_path / "f"))
 
 
-def test_boxes_that_are_shares_are_turned_into_pixels(tmp_path):
+def test_boxes_that_are_shares_are_turned_into_pixels(tmp_path, capsys):
     found = detections(3)
     shares = [(key, features, boxes / np.array([*size, *size], np.float32), size)
               for key, features, boxes, size in found]
     source = write_tsv(tmp_path / "source", shares[:2] + found[2:])
     convert.convert([str(source)], str(tmp_path / "f"))
+    assert "boxes of 2 images were shares" in capsys.readouterr().out
     assert_reads_back(tmp_path / "f", found, 36)
 
 

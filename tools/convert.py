@@ -125,7 +125,10 @@ def check_image(features, boxes, width, height):
 
 
 def checked(features, boxes, size):
-    """-> features [V,F] float16, boxes [V,4] in pixels. ValueError for what no model should see."""
+    """-> features [V,F] float16, boxes [V,4] in pixels, whether these were shares before.
+
+    ValueError for what no model should see.
+    """
     boxes = np.array(boxes, dtype=np.float32)
     with np.errstate(over="ignore"):  # infinite then, and refused
         features = np.array(features, dtype=np.float16)
@@ -133,10 +136,11 @@ def checked(features, boxes, size):
     if features.ndim != 2 or not features.size or boxes.shape != (len(features), 4):
         raise ValueError(f"features {features.shape} and boxes {boxes.shape}, expected a row of "
                          "each per region")
-    if are_shares(boxes, *size):
+    shares = are_shares(boxes, *size)
+    if shares:
         boxes *= [*size, *size]
     check_image(features, boxes, *size)
-    return features, boxes
+    return features, boxes, shares
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ def convert(sources, folder, most=36):
 def write_regions(sources, folder, most):
     """The files of data.Regions. Features are too many to be held at once; the rest is not."""
     sizes = {}  # image id -> width, height
-    counts, all_boxes, dim = [], [], None
+    counts, all_boxes, dim, scaled = [], [], None, 0
     with open(os.path.join(folder, "features.npy"), "wb") as file:
         # the header tells how many images there are: it is written last
         file.seek(HEADER)
@@ -173,7 +177,7 @@ def write_regions(sources, folder, most):
                 with reading(where):
                     key = data.image_key(key)
                     size = int(width), int(height)
-                    features, boxes = checked(features, boxes, size)
+                    features, boxes, shares = checked(features, boxes, size)
                     width = features.shape[1]
                     dim = dim or width
                     if width != dim:
@@ -181,6 +185,7 @@ def write_regions(sources, folder, most):
                     if key in sizes:
                         raise ValueError(f"image {key} was there before")
                 sizes[key] = size
+                scaled += shares
                 counts.append(min(len(features), most))
                 # cut to `most` regions, or padded with zeros
                 padding = (0, most - counts[-1]), (0, 0)
@@ -192,6 +197,8 @@ def write_regions(sources, folder, most):
         header = {"descr": "<f2", "fortran_order": False, "shape": (len(sizes), most, dim)}
         np.lib.format.write_array_header_1_0(file, header)
 
+    if scaled:
+        print(f"boxes of {scaled:,} images were shares of width and height: turned into pixels")
     arrays = {"boxes": all_boxes, "sizes": list(sizes.values()), "counts": counts}
     for name, array in arrays.items():
         np.save(os.path.join(folder, name), array)
