@@ -1,15 +1,12 @@
-"""tools/rivals.py, tools/reproduce.py, tools/contact_sheet.py: numbers by hand, weights by hand."""
+"""tools/rivals.py, tools/reproduce.py, tools/contact_sheet.py: numbers and weights by hand."""
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from test_analysis import row_of, rows_of, write_run
+from test_analysis import write_run
 
 import analysis
 import data
@@ -26,76 +23,48 @@ def runs_of(folder):
     return analysis.find_runs([str(folder)])
 
 
-def test_t_interval_and_sign_test():
-    assert rivals.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-4)
-    sleep = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]  # Student's own example
-    assert rivals.t_interval(sleep) == pytest.approx((1.58, 0.7001, 2.4599), abs=1e-4)
-    assert rivals.t_interval([5.0]) == (5.0, "", "")
-    assert rivals.sign_test([1, 2, 3]) == 0.25 and rivals.sign_test([1, -1]) == 1.0
-    assert rivals.sign_test([0, 0]) == 1.0
-    assert rivals.sign_test([1, 1, 1, 1, 1, -1, 0]) == pytest.approx(2 * 7 / 64)
+@pytest.mark.parametrize("differences, expected", [
+    ([1.0, 2.0, 3.0], [2, 2 - 2.4843, 2 + 2.4843]),
+    # Student's own example: hours of sleep gained
+    ([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4], [1.58, 0.7001, 2.4599]),
+    ([5.0], [5]), ([], [])])
+def test_students_interval(differences, expected):
+    cells = rivals.with_interval("en", differences)
+    assert list(cells) == ["en", "en from", "en to"][: len(expected)]
+    assert list(cells.values()) == pytest.approx(expected, abs=1e-4)
 
 
 def test_accuracy_at_a_given_english():
     curve = [(50.0, 40.0), (60.0, 44.0), (55.0, 41.0), (70.0, 38.0)]
     assert rivals.at_english(curve, 55.0) == pytest.approx(42.0)  # on the way to the second epoch
     assert rivals.at_english(curve, 65.0) == pytest.approx(39.0)  # two thirds from third to fourth
-    assert rivals.at_english(curve, 45.0) == 40.0 and rivals.at_english(curve, 71.0) is None
-
-
-def test_equal_english(tmp_path):
-    """Seed 0 at English 60: standard half-way from 44 to 40, SUF at its end. Seed 1 at 50.
-
-    Seed 2: standard is there after its first epoch, whatever comes later.
-    """
-    write_run(tmp_path / "a", [(50, 44), (70, 40)], seed=0)
-    write_run(tmp_path / "b", [(30, 30), (50, 32)], seed=1)
-    write_run(tmp_path / "c", [(40, 42), (60, 52)], strategy="suf", seed=0)
-    write_run(tmp_path / "d", [(40, 40), (60, 44)], strategy="suf", seed=1)
-    write_run(tmp_path / "e", [(90, 90)], strategy="top6", epochs=2)  # not a curve
-    write_run(tmp_path / "f", [(70, 44), (50, 40)], seed=2)
-    write_run(tmp_path / "g", [(40, 42), (60, 52)], strategy="suf", seed=2)
-    [arms] = analysis.grouped(runs_of(tmp_path)).values()
-    [row] = rivals.equal_english(arms, "accuracy")
-    assert (row["English"], row["standard there"]) == ([60, 50, 60], [42, 32, 44])
-    assert row["it there"] == [52, 42, 52]
-    assert row[""] == "SUF" and row["difference"] == pytest.approx((10 + 10 + 8) / 3)
-
-
-def right_or_not(folder, records, right):
-    """Predictions of a run on XVNLI: all right, or all wrong."""
-    (folder / "predictions").mkdir()
-    for language, some in records.items():
-        entries = [{"id": record.id, "prediction": record.label if right else "?"} for record in some]
-        (folder / "predictions" / f"{language}.json").write_text(json.dumps(entries))
+    assert rivals.at_english(curve, 45.0) == 40.0
 
 
 def test_differences(tmp_path):
-    """Seed by seed, English apart from the others; the bootstrap on all wrong against all right."""
-    folder, _, tokenizer = world.prepare("uc2")
-    records = {}
-    for language in data.LANGUAGES["xvnli"]:
-        records[language] = data.read_records(folder, "xvnli", "test", language)[1]
+    """Seed by seed, English apart from the others, and both at the same English.
+
+    Seed 0 at English 60: standard half-way from 44 to 40, SUF at its end. Seed 1 at 50. Seed 2:
+    standard is there after its first epoch, whatever comes later.
+    """
     for strategy, seed, numbers in (
-            ("standard", 0, (62, 40)), ("standard", 1, (60, 44)), ("suf", 0, (61, 50)), ("suf", 1, (61, 51)),
-            ("suf", 2, (0, 0)), ("suf-less", 0, (59, 45))):
-        run = write_run(tmp_path / f"{strategy}{seed}", [numbers], "uc2", "xvnli", strategy, seed,
-                        miniature=True, data=folder, tokenizer=tokenizer)
-        right_or_not(run, records, strategy == "suf")
+            ("standard", 0, [(50, 44), (70, 40)]), ("standard", 1, [(30, 30), (50, 32)]),
+            ("standard", 2, [(70, 44), (50, 40)]), ("suf", 0, [(40, 42), (60, 52)]),
+            ("suf", 1, [(40, 40), (60, 44)]), ("suf", 2, [(40, 42), (60, 52)]),
+            ("suf", 3, [(0, 0), (0, 0)])):
+        write_run(tmp_path / f"{strategy}{seed}", numbers, strategy=strategy, seed=seed)
+    write_run(tmp_path / "less", [(59, 45)], strategy="suf-less", epochs=2)  # no curve
     [arms] = analysis.grouped(runs_of(tmp_path)).values()
-    table = analysis.Table("differences", "", rivals.differences(arms, "accuracy"))
-    analysis.publish(table, str(tmp_path))
-    path = tmp_path / "differences.csv"
-    row = row_of(path, name="SUF - standard")
-    half = 12.706 * math.sqrt(4.5) / math.sqrt(2)  # the differences are 10 and 7
-    found = [float(row[column]) for column in ("others", "others from", "others to", "en")]
-    assert found == pytest.approx([8.5, 8.5 - half, 8.5 + half, 0])
-    assert (row["seeds above"], row["sign test p"]) == ("2 of 2", "0.50")
-    assert (row["one seed, images from"], row["to"]) == ("100.0", "100.0")
+    first, second, third = rivals.differences(arms, "accuracy")
+    assert first[""] == "SUF - standard"
+    assert first["en"] == pytest.approx((-10 + 10 + 10) / 3)
+    assert first["others"] == pytest.approx((12 + 12 + 12) / 3)
+    assert (first["others from"], first["others to"]) == (12, 12)
+    assert first["others at equal English"] == pytest.approx((10 + 10 + 8) / 3)
+    assert first["others at equal English from"] == pytest.approx(28 / 3 - 4.303 * 2 / 3)
     less = "all layers from the start, each at SUF's share of the rate"
-    row = row_of(path, name=f"{less} - SUF")
-    assert (row["others"], row["others from"], row["to"]) == ("-5.0", "", "-100.0")
-    assert len(rows_of(path)) == 3
+    assert second == {"": f"{less} - standard", "en": -11, "others": 5}
+    assert third == {"": f"{less} - SUF", "en": -1, "others": -7}
 
 
 def test_baselines():
@@ -114,9 +83,10 @@ def kept(tmp_path_factory):
     args = train.parse_args(["--model", "uc2", "--task", "xvnli", "--limit", "8"])
     args.data, args.checkpoint, args.tokenizer = world.prepare("uc2")
     model, _, recipe, _ = train.load_model(args, "cpu", 0)
-    folder = write_run(tmp_path_factory.mktemp("kept") / "run", [(60, 40), (61, 41)], "uc2", "xvnli",
-                       miniature=True, recipe=vars(recipe) | {"epochs": 2}, limit=8, data=args.data,
-                       checkpoint=args.checkpoint, tokenizer=args.tokenizer)
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    write_run(folder, [(60, 40), (61, 41)], "uc2", "xvnli", miniature=True, limit=8,
+              recipe=vars(recipe) | {"epochs": 2}, data=args.data, checkpoint=args.checkpoint,
+              tokenizer=args.tokenizer)
     torch.manual_seed(0)
     for name in ("epoch1", "epoch2", "model"):
         if name != "model":  # model.pt is epoch2.pt
@@ -133,8 +103,7 @@ def test_post_hoc(kept):
     found = rivals.post_hoc(run)
     model, tokenizer, labels, args, recipe = evaluation.load_run(str(kept), CPU)
     test = evaluation.load_split(args, recipe, tokenizer, labels, "test")
-    args.few_shot = "en"
-    dev = few_shot.development_data(args, recipe, tokenizer, labels)
+    dev = few_shot.development_data(args, recipe, tokenizer, labels, "en")
     # as many lower layers back as development data allow
     before = train.load_model(args, "cpu", 0)[0]
     scores, reverted = [], {}
@@ -151,100 +120,125 @@ def test_post_hoc(kept):
     name = "standard, mean of the last 2 epochs"
     assert found == reverted | {name: mean} and reverted
 
-    # what is there is not done again; the arms' numbers are these results
-    stored = json.loads((kept / "post_hoc.json").read_text())
-    (kept / "post_hoc.json").write_text(json.dumps(stored | {name: run.results()}))
     arms = rivals.post_hoc_arms({0: run})
-    assert analysis.numbers(arms[name], "accuracy", "others") == [41]
+    assert analysis.numbers(arms[name], "accuracy", "en") == [mean["en"]["accuracy"]]
 
 
 def test_drift(kept):
     [run] = runs_of(kept)
-    moved = rivals.drift(run)
-    layers = {f"layer {n}" for n in range(1, 1 + len(moved) - 1)}
-    assert set(moved) == layers | {"embeddings"}
+    [row] = rivals.drift({"standard": {0: run}})
+    assert list(row) == ["", "embeddings", "layer 1", "layer 2", "layer 3", "layer 4"]
     model, *_ = evaluation.load_run(str(kept), CPU)
     before = train.load_model(run.args, "cpu", 0)[0]
     pairs = list(zip(model.layers[1].parameters(), before.layers[1].parameters()))
     change = sum((a - b).square().sum().item() for a, b in pairs)
     size = sum(b.square().sum().item() for _, b in pairs)
-    assert moved["layer 2"] == pytest.approx(100 * math.sqrt(change / size), rel=1e-4)
+    assert row["layer 2"] == [pytest.approx(100 * math.sqrt(change / size), rel=1e-4)]
 
 
 def test_reproduce_lists_its_runs(tmp_path, capsys):
     command = ["--runs", str(tmp_path), "--seeds", "2", "--task", "xgqa", "--dry-run"]
-    write_run(tmp_path / "cclm-xgqa-standard-seed1", [(60, 40)], answers="exact")
     reproduce.main(["--model", "cclm", *command])
-    lines = capsys.readouterr().out.splitlines()
-    names = ["standard", "suf", "suf-less", "lpft", "suf-every15", "decay0.98", "decay0.95", "decay0.88",
-             "decay0.75", "top2", "suf-bottom-up", "suf-random", "suf-frozen-embeddings"]
-    assert {os.path.basename(line.split()[-1]) for line in lines} == {
-        f"cclm-xgqa-{name}-seed{seed}" for name in names for seed in (0, 1)}
-    assert [line.split()[0] for line in lines[:3]] == ["to", "finished", "to"]
-    reproduce.main(["--model", "uc2", "--strategies", "suf,fewshot", *command])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 * 7 and lines[2].endswith("uc2-xgqa-suf-seed0-de48")
+    names = ["standard", "suf", "suf-less", "lpft", "decay0.98", "decay0.95", "decay0.88",
+             "decay0.75", "suf-bottom-up", "suf-random", "suf-frozen-embeddings", "top2"]
+    assert capsys.readouterr().out.split() == [
+        f"{tmp_path}/cclm-xgqa-{name}-seed{seed}" for name in names for seed in (0, 1)]
+    reproduce.main(["--model", "uc2", *command])
+    few_shot_runs = [line for line in capsys.readouterr().out.split() if line.endswith("48")]
+    assert len(few_shot_runs) == 2 * 2 * 7
+    assert few_shot_runs[0].endswith("uc2-xgqa-standard-seed0-de48")
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--strategies", "suf,best"], "--strategies best: choose from fewshot, standard, suf, suf-less"),
-    (["--", "--limit", "8"], "a run with another limit than the report's"),
+    (["--strategies", "suf,best"], r"--strategies best: none of \['standard', 'suf', 'suf-less'"),
+    (["--", "--limit", "8"], "a run with another --limit than the report's"),
 ])
 def test_reproduce_refuses(flags, message, tmp_path):
-    write_run(tmp_path / "cclm-xgqa-standard-seed0", [(60, 40)], answers="exact")
+    write_run(tmp_path / "cclm-xgqa-standard-seed0", [(60, 40)])
     command = ["--runs", str(tmp_path), "--task", "xgqa", "--model", "cclm"]
     with pytest.raises(InputError, match=message):
         reproduce.main([*command, *flags])
 
 
-def test_reproduce(tmp_path, capsys, monkeypatch):
-    """Ctrl-C; then the same command goes on, and a run that fails does not stop the others."""
-    command = ["--model", "uc2", "--task", "xvnli", "--strategies", "standard,suf,lpft", "--seeds", "1",
-               "--jobs", "1", "--runs", str(tmp_path), "--out", str(tmp_path / "report"),
-               "--", "--limit", "64", "--epochs", "1"]
-    process = subprocess.Popen([sys.executable, "-u", "-m", "tools.reproduce", *command], cwd=train.ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "3 of 3 runs to do, 1 at a time" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and error.endswith("the same command goes on from here\n")
+@pytest.fixture
+def own_signals():
+    """Handlers as in a fresh process; afterwards those that pytest or train.py had set."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
-    broken = tmp_path / "uc2-xvnli-lpft-seed0"
+
+def test_reproduce(tmp_path, capsys, own_signals):
+    """Two at once; a run that fails stops nothing and is reported; what is finished stays."""
+    broken = tmp_path / "uc2-xvnli-suf-seed0"
     broken.mkdir()
     (broken / "args.json").write_text("{")
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test's process keeps its handlers
+    command = ["--model", "uc2", "--task", "xvnli", "--strategies", "standard,suf", "--seeds", "1",
+               "--jobs", "2", "--runs", str(tmp_path), "--out", str(tmp_path / "report"),
+               "--", "--limit", "64", "--epochs", "1"]
     with pytest.raises(SystemExit) as end:
         reproduce.main(command)
     said = capsys.readouterr().out
-    assert end.value.code == 1 and f"{broken}: failed: error: " in said and "suf-seed0: done" in said
-    report = (tmp_path / "report" / "report.md").read_text()
-    for words in ("embedded miniature", "## Runs that failed", "Table 4: XVNLI by language, miniature",
-                  "| SUF - standard |"):
+    done = f"{tmp_path}/uc2-xvnli-standard-seed0"
+    assert end.value.code == 1 and "2 of 2 runs to do, 2 at a time" in said
+    assert f"{done}: done\n" in said and f"{broken}: failed: error: " in said
+    report = (tmp_path / "report/report.md").read_text()
+    for words in (f"## Runs that failed\n\n- {broken}: failed: error: ",
+                  "Table 4: XVNLI by language, miniature", "baselines, the same in all languages"):
         assert words in report
+    assert reproduce.run_all({done: []}, 1) == []
+    assert "0 of 1 runs to do" in capsys.readouterr().out
+
+
+def test_reproduce_when_stopped(tmp_path, capsys, monkeypatch, own_signals):
+    """What runs may save; nothing new starts."""
+    code = """if True:
+        import os, pathlib, signal, sys, time
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(0.5)
+        pathlib.Path(sys.argv[1], "saved").touch()"""
+    commands = {str(tmp_path / name): ["-c", code, str(tmp_path / name)] for name in "abc"}
+    monkeypatch.setattr(reproduce, "plan", lambda *_: (commands, {}))
+    with pytest.raises(SystemExit) as end:
+        reproduce.main(["--jobs", "1", "--out", str(tmp_path / "report")])
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert (tmp_path / "a/saved").exists() and not (tmp_path / "b").exists()
 
 
 def test_contact_sheet(tmp_path, capsys):
     """First the questions on which the runs differ in most languages, one for each image."""
-    def record(name, image):
-        return data.Record(name, image, "?", {"yes": 1.0})
-
-    records = {language: {"q1": record("q1", "a"), "q2": record("q2", "a"), "q3": record("q3", "b")}
-               for language in ("en", "de")}
-    right, wrong = dict.fromkeys(("q1", "q2", "q3"), "yes"), {"q1": "yes", "q2": "no", "q3": "yes"}
-    a, b = {"en": right, "de": right}, {"en": wrong, "de": wrong | {"q3": "no"}}
-    assert contact_sheet.choose(records, [a, b]) == ["q2", "q3"]
-
     folder, _, tokenizer = world.prepare("cclm")
-    for name, answer in (("a", "yes"), ("b", "no")):
-        run = write_run(tmp_path / name, [(60, 40)], data=folder, tokenizer=tokenizer)
-        (run / "predictions").mkdir()
-        for language in data.LANGUAGES["xgqa"]:
-            some = data.read_records(folder, "xgqa", "test", language)[1]
-            entries = [{"questionId": record.id, "prediction": answer} for record in some]
-            (run / "predictions" / f"{language}.json").write_text(json.dumps(entries))
+    runs = [write_run(tmp_path / name, [(60, 40)], data=folder, tokenizer=tokenizer)
+            for name in "ab"]
+    for language in data.LANGUAGES["xgqa"]:
+        records = data.read_records(folder, "xgqa", "test", language)[1]
+        records.sort(key=lambda record: record.id)
+        first, same_image, *others = records
+        other_image = next(record for record in others if record.image != first.image)
+        assert same_image.image == first.image
+        # the second run is wrong on these, on the last one in English alone
+        wrong = {first.id, same_image.id} | ({other_image.id} if language == "en" else set())
+        for number, run in enumerate(runs):
+            (run / "predictions").mkdir(exist_ok=True)
+            entries = []
+            for record in records:
+                answer = "?" if number and record.id in wrong else [*record.answers][0]
+                entries.append({"questionId": record.id, "prediction": answer})
+            (run / f"predictions/{language}.json").write_text(json.dumps(entries))
+    chosen = contact_sheet.choose(folder, runs)
+    assert len(chosen) == 8
+    assert [block[0] for block in chosen[:2]] == [first.image, other_image.image]
+    assert [line[0] for line in chosen[1][1:]] == list(data.LANGUAGES["xgqa"])
+    [right] = other_image.answers
+    assert [line[2:] for line in chosen[1][1:3]] == [[f"✓ {right}", "✗ ?"], [f"✓ {right}"] * 2]
+
     picture = tmp_path / "sheet.png"
-    contact_sheet.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(picture)])
-    assert picture.read_bytes().startswith(b"\x89PNG") and f"contact sheet: {picture}" in capsys.readouterr().out
-    write_run(tmp_path / "c", [(60, 40)], task="xvnli")
-    with pytest.raises(InputError, match="c/predictions/en.json: cannot be read"):
-        contact_sheet.main([str(tmp_path / "a"), str(tmp_path / "c"), "--out", str(picture)])
+    command = [*map(str, runs), "--out", str(picture)]
+    contact_sheet.main(command)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"contact sheet: {picture}" in capsys.readouterr().out
+    (runs[1] / "predictions/en.json").write_text('[{"id": "1", "prediction": "neutral"}]')
+    with pytest.raises(InputError, match="b/predictions/en.json: no field 'questionId'"):
+        contact_sheet.main(command)

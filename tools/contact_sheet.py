@@ -3,108 +3,88 @@
     python -m tools.contact_sheet RUN_A RUN_B [--out contact_sheet.png]
 
 For example standard fine-tuning and SUF. A right answer is green with a tick, a wrong one red with
-a cross. Where the machine has no font for a language's script, a word in brackets says so.
+a cross. Where the machine has no font for a language (DejaVu Sans, Noto Sans CJK, Noto Sans
+Bengali), a word in brackets says so.
 """
 
-import os
 from collections import Counter
 
 from PIL import Image, ImageDraw, ImageFont
 
-import analysis
 import data
 import eval as evaluation
 
-FONTS = [
-    "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSansBengali-Regular.ttf", "Arial Unicode.ttf",
-    "msyh.ttc", "malgun.ttf", "Nirmala.ttf", "PingFang.ttc", "AppleSDGothicNeo.ttc",
-]
-QUESTIONS = 8
-IMAGE, LINE, WIDTH = 192, 24, 1240  # pixels
-COLUMNS = (220, 260, 800, 1020)  # language, question, the answers of both runs
-BLACK, GREY, GREEN, RED = "#141414", "#828282", "#14782a", "#be281e"
+FONTS = {  # of languages that DejaVu Sans cannot write
+    "bn": "NotoSansBengali-Regular.ttf",
+    "ko": "NotoSansCJK-Regular.ttc",
+    "zh": "NotoSansCJK-Regular.ttc",
+}
+# In pixels: language, question, the answers of both runs stand right of an image. Eight images with
+# ten lines each: a heading, eight languages, an empty line
+COLUMNS, LINE, SIZE = (220, 260, 750, 1000), 24, (1240, 1920)
+COLORS = {"✓": "green", "✗": "red"}
 
 
-def choose(records, runs):
-    """The questions on which one run is right and the other wrong in most languages, one per image.
+def choose(folder, runs):
+    """-> eight questions on which the runs differ in most languages, one per image.
 
-    records: language -> {question id: record}; runs: two of language -> {question id: answer}.
+    Each [image, line, line, …]. A line: language, question, and both runs' answers after ✓ or ✗.
     """
-    differ = Counter()
-    for language, some in records.items():
-        for question, record in some.items():
-            right = {answers[language].get(question) in record.answers for answers in runs}
-            differ[question] += len(right) - 1
+    differ, found = Counter(), {}
+    for language in data.LANGUAGES["xgqa"]:
+        answers = []
+        for run in runs:
+            path = f"{run}/predictions/{language}.json"
+            with data.reading(path):
+                entries = data.read_json(path)
+                answers.append({entry["questionId"]: entry["prediction"] for entry in entries})
+        _, records = data.read_records(folder, "xgqa", "test", language)
+        for record in records:
+            line = [language, record.text]
+            for said in answers:
+                answer = said.get(record.id, "")
+                mark = "✓" if answer in record.answers else "✗"
+                line.append(f"{mark} {answer}")
+            differ[record.id] += line[2][0] != line[3][0]
+            found.setdefault(record.id, [record.image]).append(line)
     chosen = {}
     for question, _ in differ.most_common():
-        chosen.setdefault(records["en"][question].image, question)
-    return list(chosen.values())[:QUESTIONS]
+        image, *_ = found[question]
+        chosen.setdefault(image, found[question])
+    return list(chosen.values())[:8]
 
 
-def font_for(characters):
-    """The first of FONTS on this machine that has all of the characters; None if there is none."""
-    for name in FONTS:
-        try:
-            font = ImageFont.truetype(name, 15)
-        except OSError:  # not on this machine
-            continue
-        missing = bytes(font.getmask("\U0010ffff"))
-        if all(bytes(font.getmask(character)) != missing for character in characters):
-            return font
-    return None
+def font_of(language):
+    """None if this machine does not have it."""
+    try:
+        return ImageFont.truetype(FONTS.get(language, "DejaVuSans.ttf"), 15)
+    except OSError:
+        return None
 
 
 def main(argv=None):
-    parser = evaluation.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs=2, metavar="RUN", help="a finished run on xGQA")
-    parser.add_argument("--out", default="contact_sheet.png", metavar="FILE")
+    parser = evaluation.Parser(description=__doc__)
+    parser.add_argument("runs", nargs=2, help="a finished run on xGQA")
+    parser.add_argument("--out", default="contact_sheet.png")
     given = parser.parse_args(argv)
-
-    # both runs' answers; questions and fonts of every language
-    headings = ["where the two differ in most languages"]
-    runs = []
-    for run in given.runs:
-        headings.append(analysis.label(evaluation.read_results(run)["strategy"]))
-        answers = {}
-        for language in data.LANGUAGES["xgqa"]:
-            path = os.path.join(run, "predictions", f"{language}.json")
-            with data.reading(f"{path}, of a run on xGQA"):
-                entries = data.read_json(path)
-                answers[language] = {entry["questionId"]: entry["prediction"] for entry in entries}
-        runs.append(answers)
     args, _ = evaluation.read_run(given.runs[0])
-    records = {}
-    fonts = {}
-    for language in data.LANGUAGES["xgqa"]:
-        _, some = data.read_records(args.data, "xgqa", "test", language)
-        records[language] = {record.id: record for record in some}
-        texts = [record.text for record in some]
-        fonts[language] = font_for(set("".join(texts).replace(" ", "")))
-    latin = font_for("✓✗") or ImageFont.load_default(15)
-
-    # for each question the image, beside it a line per language
-    chosen = choose(records, runs)
-    block = (len(records) + 2) * LINE
-    sheet = Image.new("RGB", (WIDTH, 2 * LINE + len(chosen) * block), "white")
+    sheet = Image.new("RGB", SIZE, "white")
     draw = ImageDraw.Draw(sheet)
-    for x, text in zip(COLUMNS[1:], headings):
-        draw.text((x, LINE // 2), text, GREY, latin)
-    for number, question in enumerate(chosen):
-        y = 2 * LINE + number * block
-        record = records["en"][question]
-        picture = data.read_image(data.image_path(args.data, "xgqa", record.image))
-        sheet.paste(picture.resize((IMAGE, IMAGE)), (LINE // 2, y))
-        draw.text((COLUMNS[1], y), f"answer: {', '.join(record.answers)}", BLACK, latin)
-        for language, font in fonts.items():
+    latin = font_of("en")
+    y = 0
+    for image, *lines in choose(args.data, given.runs):
+        # the image, and beside it the names of the runs and a line per language
+        picture = data.read_image(data.image_path(args.data, "xgqa", image))
+        sheet.paste(picture.resize((192, 192)), (0, y))
+        for line in [["", "", *given.runs], *lines]:
+            font = font_of(line[0])
+            if font is None:
+                line[1] = "(no font)"
+            for x, text, its_font in zip(COLUMNS, line, (latin, font, latin, latin)):
+                draw.text((x, y), text, COLORS.get(text[:1], "black"), its_font)
             y += LINE
-            text = records[language][question].text if font else "(no font for this script)"
-            draw.text((COLUMNS[0], y), language, GREY, latin)
-            draw.text((COLUMNS[1], y), text, BLACK, font or latin)
-            for x, answers in zip(COLUMNS[2:], runs):
-                said = answers[language].get(question, "")
-                mark, color = ("✓", GREEN) if said in record.answers else ("✗", RED)
-                draw.text((x, y), f"{mark} {said}", color, latin)
-    data.write(given.out, lambda file: sheet.save(file, "PNG"))
+        y += LINE
+    sheet.save(given.out, "PNG")
     print(f"contact sheet: {given.out}")
 
 

@@ -36,7 +36,6 @@ def parse_args(argv):
     add("few_shot", metavar="LANG", help="the language")
     add("--shots", type=int, required=True, help="number of images whose examples are trained on")
     add("--init", required=True, metavar="RUN", help="folder of the finished English run")
-    add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--data", help="where the English run's data has moved to")
     add("--tokenizer", help="where its tokenizer has moved to")
     add("--run-dir", help="folder of the run (default: RUN-LANGSHOTS)")
@@ -70,7 +69,7 @@ def development_data(args, recipe, tokenizer, labels, language):
 
 
 def run(args, stop):
-    # model, task, data and other settings come with the English run
+    # model, task, data, seed and other settings come with the English run
     model, tokenizer, labels, english, recipe = evaluation.load_run(
         args.init, "cpu", None, args.data, args.tokenizer)
     args = Namespace(**vars(english) | vars(args))
@@ -132,7 +131,7 @@ def run(args, stop):
     content = train.summary(args, results) | best
     log = None
     if evaluation.ranks()[0] == 0:
-        log = train.open_log(args.run, 0)
+        log = train.open_log(args.run)
     train.finish(args, model, content, predictions, log, 0)
 
 
