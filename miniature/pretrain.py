@@ -25,13 +25,10 @@ several times as long.
 Letters in shapes: N texts of a kind, S pieces per text, D width.
 """
 
-import argparse
 import contextlib
 import os
 import shlex
-import sys
 import tempfile
-from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +36,6 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import cclm
 import data
@@ -131,15 +127,14 @@ def new_model(name, vocabulary):
 
 
 class Texts(NamedTuple):
-    """Sentences or phrases: token rows, and of each the scene, whether it is true of it, which
-    object of the scene it is about (phrases only), and the language.
+    """Sentences or phrases: token rows, and of each the scene, whether it is true of it, and which
+    object of the scene it is about (phrases only).
     """
 
     rows: list
     scenes: np.ndarray
     truths: np.ndarray
     things: np.ndarray
-    languages: list
 
 
 class Corpus(NamedTuple):
@@ -153,10 +148,10 @@ class Corpus(NamedTuple):
     pair_scenes: np.ndarray  # PAIRS_PER_SCENE in a row are about one scene
 
 
-def make_corpus(name, tokenizer, scenes, sentences, seed):
-    """Random scenes, and `sentences` each of statements, phrases and translations about them."""
+def make_corpus(name, tokenizer, seed):
+    """Random scenes; statements, phrases and translations about them."""
     rng = np.random.default_rng([seed, 10])
-    drawn = world.draw_scenes(scenes, rng)
+    drawn = world.draw_scenes(SCENES, rng)
 
     def tokens(texts):  # CCLM reads every text without punctuation, UC2 reads it as it is
         if name == "cclm":
@@ -164,13 +159,13 @@ def make_corpus(name, tokenizer, scenes, sentences, seed):
         return tokenizer(texts)
 
     def as_arrays(items):
-        scenes, things, spoken, texts, truths = zip(*items)
-        arrays = np.array(scenes), np.array(truths, np.int64), np.array(things)
-        return Texts(tokens(texts), *arrays, spoken)
+        scenes, things, texts, truths = zip(*items)
+        truths = np.array(truths, np.int64)
+        return Texts(tokens(texts), np.array(scenes), truths, np.array(things))
 
     # where the objects are, and what they are
-    spots = np.full((scenes, world.MOST), -1)
-    classes = np.zeros((scenes, world.MOST, 4), np.int64)
+    spots = np.full((SCENES, world.MOST), -1)
+    classes = np.zeros((SCENES, world.MOST, 4), np.int64)
     for i, scene in enumerate(drawn):
         for k, thing in enumerate(scene):
             spots[i, k] = thing.row * world.GRID + thing.column
@@ -183,14 +178,14 @@ def make_corpus(name, tokenizer, scenes, sentences, seed):
     else:
         regions = world.detect_regions(drawn, rng)
         spots = regions.slots
-        image_sizes = np.full((scenes, 2), world.IMAGE_SIZE, np.int32)
+        image_sizes = np.full((SCENES, 2), world.IMAGE_SIZE, np.int32)
         locations = torch.from_numpy(data.locations(regions.boxes, image_sizes))
         pictures = {"features": torch.from_numpy(regions.features), "locations": locations,
-                    "region_mask": torch.ones(scenes, world.BOXES, dtype=torch.long)}
+                    "region_mask": torch.ones(SCENES, world.BOXES, dtype=torch.long)}
 
-    statements = as_arrays(world.pretraining_statements(drawn, sentences, seed))
-    phrases = as_arrays(world.pretraining_phrases(drawn, sentences, seed))
-    pairs = world.parallel_pairs(drawn, sentences, seed, PAIRS_PER_SCENE)
+    statements = as_arrays(world.pretraining_statements(drawn, SENTENCES, seed))
+    phrases = as_arrays(world.pretraining_phrases(drawn, SENTENCES, seed))
+    pairs = world.parallel_pairs(drawn, SENTENCES, seed, PAIRS_PER_SCENE)
     pair_scenes, english, translations = zip(*pairs)
     return Corpus(pictures, spots, classes, statements, phrases, tokens(english),
                   tokens(translations), np.array(pair_scenes))
@@ -326,11 +321,6 @@ def pretraining_loss(model, corpus, tokenizer, rng, step, device):
 # Loops
 
 
-def progress(steps, description):
-    quiet = not sys.stderr.isatty()
-    return tqdm(range(steps), description, unit="step", disable=quiet, dynamic_ncols=True)
-
-
 def warm_up_vision(model, corpus, rng, device):
     """CCLM's image encoder learns to name the object in each patch: size, colour, shape and side.
 
@@ -340,7 +330,7 @@ def warm_up_vision(model, corpus, rng, device):
     heads = nn.ModuleList(nn.Linear(WIDTH, int(number)) for number in numbers).to(device)
     parameters = [*model.vision.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.01)
-    for _ in progress(VISION_STEPS, "image encoder"):
+    for _ in evaluation.progress(range(VISION_STEPS), "image encoder"):
         scenes = np.unique(rng.integers(len(corpus.spots), size=2 * BATCH_SIZE))
         states, _ = encode(model, corpus, scenes, device)
         image, thing = np.nonzero(corpus.spots[scenes] >= 0)
@@ -361,7 +351,7 @@ def pretrain(name, tokenizer, seed, steps, device):
     if steps == 0:
         return model
     print(f"{name}: writing {SENTENCES:,} texts of each kind about {SCENES:,} scenes", flush=True)
-    corpus = make_corpus(name, tokenizer, SCENES, SENTENCES, seed)
+    corpus = make_corpus(name, tokenizer, seed)
     rng = np.random.default_rng([seed, 11])
     model.train()
     if name == "cclm":
@@ -372,7 +362,7 @@ def pretrain(name, tokenizer, seed, steps, device):
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LR, cycle, pct_start=0.05, cycle_momentum=False, final_div_factor=2)
     matched = 0.5
-    bar = progress(steps, f"{name}, pre-training")
+    bar = evaluation.progress(range(steps), f"{name}, pre-training")
     for step in bar:
         loss, right = pretraining_loss(model, corpus, tokenizer, rng, step, device)
         optimizer.zero_grad(set_to_none=True)
@@ -383,23 +373,8 @@ def pretrain(name, tokenizer, seed, steps, device):
         # a moving average over some 50 steps
         matched += (right.item() - matched) / 50
         bar.set_postfix_str(f"loss {loss.item():.2f}, matched {matched:.0%}", refresh=False)
+    print(f"{name}: tells {matched:.0%} of the true and false texts apart", flush=True)
     return model
-
-
-@torch.no_grad()
-def matching_accuracy(model, corpus, device):
-    """Share of statements whose truth the model tells. -> {language: share}."""
-    model.eval()
-    statements, right = corpus.statements, defaultdict(list)
-    for index in np.array_split(np.arange(len(statements.rows)), 20):
-        input_ids, mask = padded([statements.rows[i] for i in index], device)
-        encoded, rows = encode(model, corpus, statements.scenes[index], device)
-        memory = select(model.image_memory(encoded), rows)
-        hidden = model.fuse(model.encode_texts(input_ids, mask), mask, memory)
-        said = matching_logits(model, hidden).argmax(1).tolist()
-        for i, answer in zip(index, said):
-            right[statements.languages[i]].append(answer == statements.truths[i])
-    return {language: sum(found) / len(found) for language, found in right.items()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -433,11 +408,6 @@ def build(names, seed, steps, folder):
         model = pretrain(name, tokenizer, seed, steps, device)
         path = os.path.join(folder, f"{name}.pt")
         write_checkpoint(path, name, model, tokenizer, seed, steps)
-        unseen = make_corpus(name, tokenizer, SCENES // 10, SENTENCES // 10, seed + 1000)
-        accuracy = matching_accuracy(model, unseen, device)
-        told = [f"{language} {share:.0%}" for language, share in sorted(accuracy.items())]
-        print(f"{path}: tells true statements from false ones: {', '.join(told)}", flush=True)
-
     # under a name of its own: other pre-trained weights are no arm of the same comparison
     name, where = names[0], os.path.basename(os.path.abspath(folder))
     world_folder, _, _ = world.prepare(name)
@@ -448,9 +418,7 @@ def build(names, seed, steps, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Build the miniature's tokenizer and pre-train its models.")
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser = evaluation.Parser(description="Build the miniature: its tokenizer and its models.")
     parser.add_argument("--out", required=True, metavar="DIR",
                         help="folder for tokenizer.model, cclm.pt and uc2.pt; files of these names "
                              "in it are replaced (miniature: the shipped ones)")
@@ -463,11 +431,8 @@ def main(argv=None):
     if min(args.steps, args.seed) < 0:
         parser.error("--steps and --seed must not be negative")
     names = [args.model] if args.model else ["cclm", "uc2"]
-    try:
-        build(names, args.seed, args.steps, args.out)
-    except data.InputError as error:
-        parser.error(error)
+    build(names, args.seed, args.steps, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    evaluation.command(main)

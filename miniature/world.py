@@ -1,8 +1,7 @@
 """The miniature's world: coloured shapes, and IGLUE's own files about them.
 
-    python -m miniature.world DIR        writes the world to DIR: 5,921 images, in seconds
-
-`train.py` calls `prepare` where no data is given, and nobody needs to start anything by hand.
+`train.py` calls `prepare` where no data is given, and nobody needs to start anything by hand. It
+writes the world to mini_data/ once: 5,921 images, in seconds.
 
 Scenes of two or three coloured shapes are drawn as JPEG images of 32 x 32 pixels, described as an
 object detector would (region features), and asked, stated and captioned in up to thirteen languages
@@ -21,7 +20,6 @@ through all functions: `rng` (numpy) draws scenes and pixels, `rand` (Python) ch
 Letters in shapes: N images, R regions per image, K objects per scene at most, F width of a feature.
 """
 
-import argparse
 import contextlib
 import hashlib
 import itertools
@@ -29,14 +27,12 @@ import json
 import os
 import pickle
 import random
-import sys
 import tempfile
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data import LANGUAGES, InputError
 from miniature.languages import ATTRIBUTES, COLOURS, SHAPES, SIDES, SIZES, Form, NounPhrase, say
@@ -468,8 +464,7 @@ def write_jsonl(path, records):
 
 def write_images(paths, scenes, rng):
     """The scenes as JPEG files."""
-    quiet, starts = not sys.stderr.isatty(), range(0, len(scenes), AT_ONCE)
-    for start in tqdm(starts, "images", leave=False, disable=quiet, dynamic_ncols=True):
+    for start in range(0, len(scenes), AT_ONCE):
         chunk = slice(start, start + AT_ONCE)
         for path, pixels in zip(paths[chunk], draw_images(scenes[chunk], rng)):
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -715,8 +710,8 @@ def write_world(folder, seed=WORLD_SEED, images=IMAGES):
     try:
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryDirectory(**options) as beside:
-            if os.path.isfile(mark):
-                print(f"{folder}: of another version of the miniature; writing it anew", flush=True)
+            print(f"{folder}: writing the miniature's world", flush=True)
+            if os.path.isfile(mark):  # of another version
                 with contextlib.suppress(FileNotFoundError):  # another process has just done this
                     os.rename(folder, f"{beside}/old")
             new = f"{beside}/new"
@@ -731,22 +726,10 @@ def write_world(folder, seed=WORLD_SEED, images=IMAGES):
                              f"({error.strerror})") from None
 
 
-def place_of_world():
-    """mini_data/ in the checkout or, where nothing can be written there, in a cache folder."""
-    if os.access(ROOT, os.W_OK) or is_current(WORLD, WORLD_SEED):
-        return WORLD
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    with contextlib.suppress(OSError):  # a home that cannot be written either
-        os.makedirs(cache, exist_ok=True)
-    if not os.access(cache, os.W_OK):
-        cache = tempfile.gettempdir()
-    return os.path.join(cache, "suf-miniature")
+def prepare(model):
+    """-> (data folder, checkpoint, tokenizer) of the miniature, written where it is missing.
 
-
-def prepare(model, writer=True):
-    """-> (data folder, checkpoint, tokenizer) of the miniature.
-
-    Of the processes of a run one is the `writer`, which writes the world where it is missing.
+    The world is mini_data/ in the checkout or, where nothing can be written there, in a cache.
     """
     checkpoint = os.path.join(SHIPPED, f"{model}.pt")
     tokenizer = os.path.join(SHIPPED, "tokenizer.model")
@@ -754,11 +737,11 @@ def prepare(model, writer=True):
         if not os.path.isfile(path):
             raise InputError(f"{path}: this part of the miniature is missing; get it again from "
                              "git, or make it: python -m miniature.pretrain --out miniature")
-    world = place_of_world()
-    if writer:
-        if world != WORLD:
-            print(f"{WORLD}: cannot be written; the miniature's world is in {world}", flush=True)
-        write_world(world)
+    world = WORLD
+    if not os.access(ROOT, os.W_OK) and not is_current(WORLD, WORLD_SEED):
+        world = os.path.expanduser("~/.cache/suf-miniature")
+        print(f"{WORLD}: cannot be written; the miniature's world is in {world}", flush=True)
+    write_world(world)
     return world, checkpoint, tokenizer
 
 
@@ -774,7 +757,6 @@ LANGUAGE_SHARES = {  # uneven, as in any crawl
 class Statement(NamedTuple):
     scene: int  # index into the scenes
     thing: int  # of a bare phrase: index of the object in its scene; of a sentence: -1
-    language: str
     text: str
     truth: bool
 
@@ -790,7 +772,7 @@ def pretraining_statements(scenes, count, seed):
     for language in draw_languages(count, rand):
         scene, truth = rand.randrange(len(scenes)), rand.random() < 0.5
         text = say(statement(scenes[scene], truth, rand), language)
-        statements.append(Statement(scene, -1, language, text, truth))
+        statements.append(Statement(scene, -1, text, truth))
     return statements
 
 
@@ -805,7 +787,7 @@ def pretraining_phrases(scenes, count, seed):
         if not truth:
             phrase = with_other_words(phrase, [rand.choice(DESCRIPTIVE)], rand)
         text = say(Form("phrase", (phrase,)), language)
-        phrases.append(Statement(scene, thing, language, text, truth))
+        phrases.append(Statement(scene, thing, text, truth))
     return phrases
 
 
@@ -848,19 +830,3 @@ def tokenizer_corpus(count, seed):
         form = any_form(scene, rand, 0.5, 0.2)
         texts.append(say(form, language))
     return texts
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write the embedded miniature of IGLUE.")
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument("folder", metavar="DIR", help="new folder")
-    args = parser.parse_args(argv)
-    try:
-        write_world(args.folder)
-    except InputError as error:
-        parser.error(error)
-    print(f"{args.folder}: the miniature's world, seed {WORLD_SEED}")
-
-
-if __name__ == "__main__":
-    main()

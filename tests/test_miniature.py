@@ -49,15 +49,6 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def refusal(main, flags, capsys):
-    """The one line that main prints where it refuses."""
-    with pytest.raises(SystemExit) as end:
-        main(flags)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    return error
-
-
 def records_of(folder, task, split, language="en", shots=None):
     return data.read_records(str(folder), task, split, language, shots)[1]
 
@@ -107,7 +98,7 @@ def test_the_shipped_tokenizer_knows_every_text_and_is_rebuilt_bit_for_bit(meani
     for forms in meanings.values():
         texts = random.Random(0).sample(list(forms), 999)
         for variant in (texts, [data.clean_caption(text, None) for text in texts]):  # UC2, CCLM
-            assert data.UNK not in set(tokenizer(variant).values.tolist())
+            assert data.UNK not in np.concatenate(tokenizer(variant))
     form = Form("attribute", (NounPhrase("large", None, "cross"),), "colour", ("yellow",), True)
     read = {  # 大 is not the same word in Chinese and Japanese
         "ru": "bolshoy krest zhyoltyy ?", "zh": "da shi zi xing shi huang se de ma ?",
@@ -139,13 +130,6 @@ def verdict(form, scene):
     if form.kind == "attribute":
         return "yes" if value == form.values[0] else "no"
     return value
-
-
-def test_statements_are_true_or_false_as_asked():
-    rand = random.Random(7)
-    for scene in world.draw_scenes(300, np.random.default_rng(7)):
-        assert verdict(world.statement(scene, True, rand), scene) == "yes"
-        assert verdict(world.statement(scene, False, rand), scene) == "no"
 
 
 Seen = collections.namedtuple("Seen", "size colour shape side x y")
@@ -282,46 +266,33 @@ def test_a_model_without_eyes_is_at_chance(folder):
 # ---- A world on disk -----------------------------------------------------------------------------
 
 
-def test_same_seed_same_bytes(tmp_path):
-    for name, seed in (("first", 1), ("second", 1), ("other", 2)):
-        world.write_world(tmp_path / name, seed, FEW)
-    first, second, other = (contents(tmp_path / name) for name in ("first", "second", "other"))
-    assert first == second and first.keys() == other.keys()
-    same = {path for path in first if first[path] == other[path]}
-    constant = ("meta.json", "ids.txt", "sizes.npy", "2ans.json", "2label.json")
-    assert same == {path for path in first if path.endswith(constant)}
-
-
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setattr(world.write_world, "__defaults__", (world.WORLD_SEED, FEW))
 
 
-def test_the_command_writes_a_world_and_touches_nothing_else(few, tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").touch()
-    assert "not a world" in refusal(world.main, [str(tmp_path / "mine")], capsys)
-    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
-    world.main([str(tmp_path / "world")])
-    printed = capsys.readouterr()
-    assert printed.err == "" and printed.out.count("\n") == 1  # no progress bar without a terminal
-    assert data.is_miniature(str(tmp_path / "world"))
-
-
 def test_a_world_is_written_once_and_anew_for_another_version(few, tmp_path, capsys):
     path = tmp_path / "deep/world"
     world.write_world(path)
+    assert capsys.readouterr() == (f"{path}: writing the miniature's world\n", "")
     labels = path / "gqa/annotations/trainval_ans2label.json"
     written = labels.stat().st_mtime_ns
     world.write_world(path)
     assert labels.stat().st_mtime_ns == written and capsys.readouterr().out == ""
     (path / "made_by.txt").write_bytes(b"\xff\xfe")
     world.write_world(path)
-    assert labels.stat().st_mtime_ns > written and "writing it anew" in capsys.readouterr().out
+    assert labels.stat().st_mtime_ns > written
     assert [one.name for one in path.parent.iterdir()] == ["world"]
-    (tmp_path / "file").touch()
-    with pytest.raises(data.InputError, match="world: cannot write the miniature's world there"):
-        world.write_world(tmp_path / "file/world")
+
+
+def test_other_folders_are_left_alone(few, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    for path, message in (("mine", "mine: not a world of the miniature"),
+                          ("mine/thesis.txt/world", "world: cannot write the miniature's world")):
+        with pytest.raises(data.InputError, match=message):
+            world.write_world(tmp_path / path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
 
 
 def in_new_processes(number, job, *arguments):
@@ -346,12 +317,11 @@ def test_several_first_starts_at_once(before, few, tmp_path):
     assert contents(path) == contents(tmp_path / "alone")
 
 
-def prepare_in(checkout, home, temporary, told):
+def prepare_in(checkout, home, told):
     """As another user, because root may write everywhere. What it prints and returns -> file."""
     if os.getuid() == 0:
         os.setuid(65534)
-    os.environ.update(HOME=str(home), XDG_CACHE_HOME="")
-    tempfile.tempdir, world.ROOT = str(temporary), str(checkout)
+    os.environ["HOME"], world.ROOT = str(home), str(checkout)
     world.WORLD, world.SHIPPED = f"{checkout}/mini_data", f"{checkout}/miniature"
     with open(told, "w") as file, contextlib.redirect_stdout(file):
         print(*world.prepare("uc2"))
@@ -359,41 +329,30 @@ def prepare_in(checkout, home, temporary, told):
 
 def test_a_read_only_checkout_finds_a_place_and_says_so(few):
     with tempfile.TemporaryDirectory() as folder:
-        checkout, home, temporary = (Path(folder) / name for name in ("checkout", "home", "tmp"))
+        checkout, home = Path(folder, "checkout"), Path(folder, "home")
         shutil.copytree(SHIPPED, checkout / "miniature")
-        for path, mode in ((folder, 0o755), (checkout, 0o555), (home, 0o777), (temporary, 0o777)):
-            os.makedirs(path, exist_ok=True)
-            os.chmod(path, mode)
-        told = temporary / "told"
-        for place, used in ((home / ".cache", home), (temporary, "/nowhere")):
-            in_new_processes(1, prepare_in, checkout, used, temporary, told)
-            said, result = told.read_text().splitlines()
-            assert said == (f"{checkout}/mini_data: cannot be written; the miniature's world is in "
-                            f"{place}/suf-miniature")
-            assert result.split()[0] == f"{place}/suf-miniature"
-            assert data.is_miniature(f"{place}/suf-miniature")
+        home.mkdir()
+        for path, mode in ((Path(folder), 0o755), (checkout, 0o555), (home, 0o777)):
+            path.chmod(mode)
+        in_new_processes(1, prepare_in, checkout, home, home / "told")
+        said, _, result = (home / "told").read_text().splitlines()
+        place = f"{home}/.cache/suf-miniature"
+        assert said == (f"{checkout}/mini_data: cannot be written; the miniature's world is in "
+                        f"{place}")
+        assert result.split()[0] == place and data.is_miniature(place)
         checkout.chmod(0o755)
 
 
 # ---- Pre-training --------------------------------------------------------------------------------
 
-UC2_RECIPE = {
-    "lr": 0.0005, "suf_k": 1, "dropout": 0.0, "few_shot_lrs": [0.0005, 0.00025, 0.00005],
-    "image_size": 32, "micro_batch": 256, "batch_size": 64}
-CCLM_RECIPE = UC2_RECIPE | {
-    "lr": 0.001, "vision_lr": 0.001 * 2 / 3, "drop_path": 0.0, "augment": False,
-    "few_shot_lrs": [0.001, 0.0005, 0.0001]}
-
-
-@pytest.mark.parametrize("model, recipe", [("cclm", CCLM_RECIPE), ("uc2", UC2_RECIPE)])
-def test_shipped_checkpoints_load_and_have_their_recipe(model, recipe):
+@pytest.mark.parametrize("model", ["cclm", "uc2"])
+def test_shipped_checkpoints_load_and_have_their_recipe(model):
     path = SHIPPED / f"{model}.pt"
     tensors, config = read_checkpoint(str(path))
     assert path.stat().st_size <= 1_000_000
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert config["tokenizer_sha256"] == data.Tokenizer(str(SHIPPED / "tokenizer.model")).sha256
-    assert config["recipe"] == dict.fromkeys(data.LANGUAGES, recipe)
-    assert pretrain.RECIPES[model] == recipe
+    assert config["recipe"] == dict.fromkeys(data.LANGUAGES, pretrain.RECIPES[model])
     load = {"cclm": cclm, "uc2": uc2}[model].from_pretrained
     for task in data.LANGUAGES:
         assert load(tensors, config, task, str(path), image_size=32, num_labels=15).task == task
@@ -414,7 +373,7 @@ def test_losses_at_the_start_and_weights_after_six_steps(model, losses, size, li
     tokenizer = data.Tokenizer(str(SHIPPED / "tokenizer.model"))
     torch.manual_seed(0)
     network = pretrain.new_model(model, tokenizer.vocabulary)
-    corpus, rng = pretrain.make_corpus(model, tokenizer, 200, 400, 0), np.random.default_rng(0)
+    corpus, rng = pretrain.make_corpus(model, tokenizer, 0), np.random.default_rng(0)
     for step, expected in zip((0, 1, 1200, 1201), losses, strict=True):
         loss, _ = pretrain.pretraining_loss(network, corpus, tokenizer, rng, step, "cpu")
         assert loss.item() == pytest.approx(expected, rel=1e-4)
@@ -425,26 +384,26 @@ def test_losses_at_the_start_and_weights_after_six_steps(model, losses, size, li
 
 def test_building_twice_gives_the_same_bytes(little, tmp_path, capsys):
     pretrain.main(["--steps", "6", "--out", f"{tmp_path}/one"])
-    pretrain.main(["--steps", "6", "--out", f"{tmp_path}/two"])
+    pretrain.main(["--model", "uc2", "--steps", "6", "--out", f"{tmp_path}/two"])
     printed = capsys.readouterr()
-    assert "\nnext: python train.py --model cclm" in printed.out and printed.err == ""
-    assert f"--checkpoint {tmp_path}/two/cclm.pt" in printed.out
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert "\nnext: python train.py --model uc2" in printed.out and printed.err == ""
+    assert f"--checkpoint {tmp_path}/two/uc2.pt" in printed.out
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert two.keys() == {"tokenizer.model", "uc2.pt"} and two.items() <= one.items()
     for model in ("cclm", "uc2"):
         built, config = read_checkpoint(str(tmp_path / "one" / f"{model}.pt"))
         shipped, _ = read_checkpoint(str(SHIPPED / f"{model}.pt"))
         assert built.keys() == shipped.keys() and config["pretraining"] == {"seed": 0, "steps": 6}
         assert all(one.shape == shipped[name].shape for name, one in built.items())
-    pretrain.main(["--model", "cclm", "--seed", "1", "--steps", "6", "--out", f"{tmp_path}/one"])
-    assert contents(tmp_path / "one") != contents(tmp_path / "two")
 
 
 @pytest.mark.parametrize("flags, expected", [
     ([], "--out"), (["--out", "new", "--steps", "-1"], "negative"),
     (["--out", "new", "--seed", "-1"], "negative"), (["--out", "file/new"], "written"),
     (["--out", "new", "--model", "bert"], "invalid choice")])
-def test_bad_flags_get_one_line(flags, expected, tmp_path, monkeypatch, capsys):
+def test_bad_flags_get_one_line(flags, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    assert expected in refusal(pretrain.main, flags, capsys)
+    with pytest.raises(data.InputError, match=expected):
+        pretrain.main(flags)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
