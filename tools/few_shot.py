@@ -128,7 +128,8 @@ def run(args, stop):
     # test the best
     model = load(best["weights"])
     results, predictions = evaluation.evaluate(model, tests, device, args.precision, args.workers)
-    content = train.summary(args, results) | best
+    place = {"few_shot": args.few_shot, "shots": args.shots, "init": train.portable(args.init)}
+    content = train.summary(args, results) | best | place
     log = None
     if evaluation.ranks()[0] == 0:
         log = train.open_log(args.run)
