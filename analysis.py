@@ -108,6 +108,7 @@ suf-frozen-embeddings  SUF, embeddings frozen
 (.*)                   \1
 """
 
+
 @dataclass
 class Run:
     """A finished run of train.py or of tools/few_shot.py."""
@@ -198,7 +199,7 @@ def grouped(runs):
 
 
 def world(runs):
-    """What titles add where runs are on the miniature, whose numbers are not the paper's."""
+    """", miniature" for titles, or "": the miniature's numbers are not the paper's."""
     return ", miniature" if any(run.args.miniature for run in runs) else ""
 
 
@@ -242,7 +243,7 @@ def by_language(model, task, arms, metric, heading):
 
 def tables(runs):
     """Results over all tasks, then by language for each of them."""
-    overview = {}  # rows of Table 1 by their name: each has all tasks
+    overview = {}  # name of a row -> row of Table 1, filled task by task
     details = {task: [] for task in TASKS}  # rows of Tables 4, 5, 6
     for (model, task), arms in grouped(runs).items():
         for metric, heading in evaluation.headline(task):
@@ -272,10 +273,10 @@ def strategies(runs):
     """Every strategy of a model and task; of layer-wise decay also Figure 5."""
     for (model, task), arms in grouped(runs).items():
         for metric, heading in evaluation.headline(task):
-            # a point of the figure, unless something else is frozen beside the decay
             decays = {}
             panels = []
             for strategy, arm in arms.items():
+                # no point of the figure where the name has more than a number: something is frozen
                 if match := re.fullmatch(r"decay([\d.e-]+)", strategy):
                     decays[float(match[1])] = numbers(arm, metric, "others")
             if decays:
@@ -298,7 +299,8 @@ def strategies(runs):
 
 def fewshot(runs):
     """Mean over languages before and after few-shot training, by the English run's strategy."""
-    # (model, task, shots) -> English run's strategy and seed -> its and the few-shot runs' scores
+    # (model, task, shots) -> {(strategy, seed) of the English run: ({language: its scores},
+    # {language: the few-shot run's scores})}
     cases = {}
     for run in runs:
         if run.args.few_shot:

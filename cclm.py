@@ -188,7 +188,7 @@ class CCLM(nn.Module):
         return self.fuse(text_states, batch["attention_mask"], memory, first_token)
 
     def predict(self, text_states, attention_mask, memory):
-        """Index of each text's label [B]: of LABELS (XVNLI) or the answers set (xGQA)."""
+        """Index of each text's label [B]: in LABELS (XVNLI), or in `set_answers`' (xGQA)."""
         if self.task == "xvnli":
             return self.label_logits(text_states, attention_mask, memory).argmax(1)
         states = self.fuse(text_states, attention_mask, memory)
@@ -266,7 +266,7 @@ class CCLM(nn.Module):
         to_images, to_texts = self.contrast(image_states, text_states)
         same_image = batch["image_ids"][:, None] == gather(batch["image_ids"])
         contrastive = contrastive_loss(to_images, to_texts, same_image)
-        # what is similar and does not belong together is drawn as a hard negative
+        # hard negatives: what does not belong together, the likelier drawn the more similar
         with torch.no_grad():
             draw_image, draw_text = batch["uniform"].unbind(1)
             image_rows = draw(negative_weights(to_images, same_image), draw_image)
@@ -385,8 +385,8 @@ def gather(x):
 
 def pad_to(x, length):
     """Zeros after position T of [B,T] or [B,T,D]."""
-    after_last_dimensions = (0, 0) * (x.dim() - 2)
-    return F.pad(x, (*after_last_dimensions, 0, length - x.shape[1]))
+    no_padding_of_width = (0, 0) * (x.dim() - 2)
+    return F.pad(x, (*no_padding_of_width, 0, length - x.shape[1]))
 
 
 def contrastive_loss(to_images, to_texts, same_image):
@@ -471,9 +471,9 @@ class AnswerDecoder(nn.Module):
 class AnswerTrie:
     """All labels' token sequences merged by common prefix: a node is a prefix, node 0 is <s>.
 
-    paths [N,L]: the tokens of each prefix from <s> on, padded; depths [N]: where its last token is;
-    tokens [N]: which it is; parents [N]: the node without it; labels [N]: the label that ends
-    there, or -1.
+    paths [N,L]: tokens of each prefix, from <s> on, padded; depths [N]: index of its last token;
+    tokens [N]: that token; parents [N]: node of the prefix without it (-1: none); labels [N]: the
+    label whose tokens are exactly these, or -1.
     """
 
     def __init__(self, answers, device):
@@ -485,7 +485,7 @@ class AnswerTrie:
                 parent = node
                 prefix = (*prefix, token)
                 node = nodes.setdefault(prefix, len(nodes))
-                if node == len(parents):  # a new one
+                if node == len(parents):  # setdefault has just numbered it
                     parents.append(parent)
                     labels.append(-1)
             # labels of the same tokens cannot be told apart: the first stands for all
@@ -497,39 +497,43 @@ class AnswerTrie:
         self.tokens = self.paths.gather(1, self.depths[:, None])[:, 0]
         self.parents = torch.tensor(parents, device=device)
         self.labels = torch.tensor(labels, device=device)
-        self.answers = len(answers)
+        self.num_labels = len(answers)
 
 
 @torch.no_grad()
 def best_answers(decoder, question_states, question_mask, trie, at_once=64):
-    """The labels of largest log p(label </s> | question): best-first search over the trie.
+    """The likeliest label of every question, by log p(label </s> | question): best-first search.
 
     -> (labels [Q], their log-likelihoods [Q]). Exact: no label is likelier, and of equally likely
-    ones it is the first. Few labels are scored, because nothing that continues a prefix is likelier
-    than the prefix. Memory: `at_once` prefixes are run together, each from <s> on ([at_once,V]
-    logits; 0.4 GB at base size).
+    ones it is the first. A prefix is at least as likely as all that continues it, so the search
+    ends when no waiting prefix is as likely as the best label: few are run. At most `at_once`
+    prefixes run together, each from <s> on, which bounds the memory ([at_once,V] logits).
     """
     memory = decoder.memory(question_states)
-    # log p of prefixes that are known and not run yet, at first <s>, and of labels that were scored
+    # log p of every prefix that waits to be run, else -inf: at first <s>, whose log p is 0
     shape = (len(question_states), len(trie.tokens))
     waiting = torch.full(shape, -torch.inf, device=question_states.device)  # [Q,N]
     waiting[:, 0] = 0
-    scored = waiting.new_full((len(question_states), trie.answers), -torch.inf)  # [Q,A]
+    # log p of every label that was scored, else -inf
+    scored = waiting.new_full((len(question_states), trie.num_labels), -torch.inf)  # [Q,A]
     width = 1
     while True:
-        # only a prefix as likely as the best label so far can lead to a better one
+        # what is less likely than the best label cannot lead to a better one (what is as likely
+        # can lead to one that ties and stands first)
         best = scored.amax(1, keepdim=True)
         promising = waiting.masked_fill(waiting < best, -torch.inf)
         # the likeliest of every question, in each round twice as many: a peaked decoder needs few
         # prefixes, a flat one many
         likeliest, nodes = promising.topk(min(width, shape[1]))  # [Q,width]
         width = min(2 * width, at_once)
-        rank, question = likeliest.T.isfinite().nonzero(as_tuple=True)  # first every best one
+        # every question's likeliest first, then every second, …: `at_once` leaves out the last
+        rank, question = likeliest.T.isfinite().nonzero(as_tuple=True)
         if len(question) == 0:
             labels = scored.argmax(1)
             return labels, scored.gather(1, labels[:, None])[:, 0]
 
-        # run them from <s> on: states from which the token after each is predicted
+        # run them from <s> on (question, node, depth, log_p: one entry per prefix) to the states
+        # from which the next token is predicted
         question = question[:at_once]
         node = nodes[question, rank[:at_once]]  # [n]
         depth = trie.depths[node]
@@ -539,7 +543,7 @@ def best_answers(decoder, question_states, question_mask, trie, at_once=64):
         log_p = waiting[question, node]
         waiting[question, node] = -torch.inf
 
-        # log p of a longer prefix is this one's, plus its token's logit, minus the normaliser
+        # log p of a longer prefix: this one's, plus the next token's logit, minus the normaliser
         logits = in_float32(decoder.logits, last)  # [n,V]
         log_p -= logits.logsumexp(1)
 
@@ -547,7 +551,7 @@ def best_answers(decoder, question_states, question_mask, trie, at_once=64):
         row = (trie.labels[node] >= 0).nonzero()[:, 0]
         label = trie.labels[node[row]]
         scored[question[row], label] = log_p[row] + logits[row, EOS]
-        # and prefixes that are one token longer wait for their turn
+        # and prefixes that are one token longer (row: which of the n; child: its node) wait
         row, child = (trie.parents == node[:, None]).nonzero(as_tuple=True)
         waiting[question[row], child] = log_p[row] + logits[row, trie.tokens[child]]
 
@@ -556,13 +560,14 @@ def best_answers(decoder, question_states, question_mask, trie, at_once=64):
 def rank_answers(decoder, question_states, question_mask, answer_ids, k=128):
     """The reference's ranking: the k answers of likeliest first token, ordered by their scores.
 
-    A score counts the first token twice: once when choosing the k, once in the likelihood, to which
-    the former is added. answer_ids [A,L] -> (indices [Q,k], probabilities among the k [Q,k]).
+    Score: log p(first token) + log p(whole answer), so the first token counts twice.
+    answer_ids [A,L] -> (indices [Q,k], best first; probabilities among the k [Q,k]).
     """
     k = min(k, len(answer_ids))
     indices, probabilities = [], []
     # a question at a time: k answers of it fill the memory
     for states, mask in zip(question_states.split(1), question_mask.split(1)):
+        # what follows <s>
         start = decoder.decode(answer_ids[:1, :1], decoder.memory(states), mask)
         log_p = decoder.logits(start[0, 0]).log_softmax(-1)  # [V]
         first, top = log_p[answer_ids[:, 1]].topk(k)

@@ -46,7 +46,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageFile
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 
-# English, which training is in, and the languages of the tests
+# languages of the tests; the first, English, is also that of the training
 LANGUAGES = {
     "xgqa": "en de pt ru id zh ko bn".split(),
     "xvnli": "en ar es fr ru".split(),
@@ -110,8 +110,7 @@ def read_jsonl(path):
 class ArrayUnpickler(pickle.Unpickler):
     """Reads lists, dicts, strings, numbers and numpy arrays.
 
-    A pickle may name any function to be called. This one calls none but numpy's constructors, so
-    no code of the file runs.
+    A pickle may name any function to be called. Only those below are, so no code of the file runs.
     """
 
     constructors = {
@@ -188,6 +187,7 @@ def fingerprint(path):
 
 @functools.cache
 def digest(path, *_):
+    """_: what changes when somebody writes to the file, which is then read again."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -349,7 +349,7 @@ def clean_caption(text, max_words):
 class Tokenizer:
     """XLM-R's tokenizer: a sentencepiece model with fairseq's ids.
 
-    <s> 0, <pad> 1, </s> 2, <unk> 3, piece s of the model s + 1, <mask> last.
+    <s> 0, <pad> 1, </s> 2, <unk> 3; the model's id s becomes s + 1; <mask> is last.
     """
 
     longest = 512  # tokens of a text that the model has positions for; the caller sets it
@@ -376,8 +376,9 @@ class Tokenizer:
         return rows
 
     def check(self, expected_sha256, vocabulary):
-        """InputError if the checkpoint has another vocabulary. -> a warning, or None, if only the
-        file is not the known one.
+        """InputError if the checkpoint has a vocabulary of another size.
+
+        -> a warning if the file is not the one expected, else None.
         """
         if self.vocabulary != vocabulary:
             raise InputError(f"{self.path}: a tokenizer of {self.vocabulary:,} ids, but the "
@@ -427,8 +428,8 @@ def resize(image, size):
 
 
 def augment(image, size, flip):
-    """Training: mirrored half of the time where allowed, a random crop of 50-100 % of the area, two
-    random operations. Draws from torch's generator.
+    """Training: mirrored half of the time where allowed, a random crop of 50-100 % of the area, and
+    two random operations, each done half of the time. Draws from torch's generator.
     """
     if flip and torch.rand(()) < 0.5:
         image = TF.horizontal_flip(image)
@@ -522,9 +523,10 @@ class Regions:
     """Region features of a split's images, from a folder that tools/convert.py wrote.
 
     ids.txt          image keys, one per line
-    features.npy     [N,V,F] float16, memory-mapped; V: the most regions of any image, zeros behind
+    features.npy     [N,V,F] float16, memory-mapped; V: the most regions of any image, others are
+                     padded with zeros
     boxes.npy        [N,V,4] pixels            sizes.npy [N,2] w,h
-    counts.npy       [N] regions of each image; without this file, V
+    counts.npy       [N] regions of each image; without this file all have V
     """
 
     def __init__(self, folder, keys):
@@ -549,8 +551,11 @@ class Regions:
         self.rows = np.array([self.row_of[key] for key in keys])
 
     def batch(self, rows, may_flip=None, seeds=None):
-        """{"features": float16 [I,V,F], "locations": [I,V,7], "region_mask": [I,V]}."""
-        # rows of the folder; as many regions as the image with the most of them has
+        """{"features": float16 [I,V,F], "locations": [I,V,7], "region_mask": [I,V]}.
+
+        V: the most regions of any image of the batch. may_flip and seeds are for `Images` alone.
+        """
+        # rows of the split -> rows of the folder; only as many regions as the batch needs
         rows = self.rows[rows]
         counts = self.counts[rows]
         most = counts.max()
@@ -640,9 +645,11 @@ def check_answers(examples, labels):
 def epoch_batches(lengths, batch_size, seed, epoch, pool=16, groups=None, group_size=None):
     """Batches of one epoch: example indices [steps, batch_size].
 
-    What does not fill a batch is left out, a different rest in every epoch. Texts of similar length
-    share a batch: of `pool` batches at a time, drawn at random. With `groups` (the image row of
-    every example) up to `group_size` examples of one image stay together instead.
+    The rest that fills no batch is left out; it is another one in every epoch. Against padding, the
+    examples of `pool` batches at a time are sorted by length, cut into batches, and the batches
+    shuffled (pool=1: batches are random, sorted in themselves). With `groups` (the image row of
+    every example) nothing is sorted by length: up to `group_size` examples of one image stay
+    together.
     """
     # a new order in every epoch; what is behind `used` is left out
     rng = np.random.default_rng((seed, epoch))
@@ -679,15 +686,16 @@ def item_generator(seed, epoch, index):
     return np.random.default_rng((seed, epoch, index))
 
 
-def training_items(examples, batch_size, seed, epochs, first_step, parts, mine, **order):
+def training_items(examples, batch_size, seed, epochs, first_step, parts, mine, **options):
     """The (epoch, indices) items of one process from optimizer step `first_step` on.
 
     Every batch is cut into `parts` equal parts, for processes and accumulation; this process has
     those in `mine`. A part is consecutive, so sorted texts and grouped images stay together.
+    options: of `epoch_batches`.
     """
     steps = len(examples) // batch_size
     for epoch in range(first_step // steps, epochs):
-        batches = epoch_batches(examples.lengths, batch_size, seed, epoch, **order)
+        batches = epoch_batches(examples.lengths, batch_size, seed, epoch, **options)
         # the first of these epochs may have begun before
         for batch in batches[max(0, first_step - epoch * steps) :]:
             for part in mine:
@@ -713,7 +721,7 @@ class TrainingBatches:
         batch = {"ids": [examples.records[i].id for i in indices]}
         batch["input_ids"], batch["attention_mask"] = pad([examples.tokens[i] for i in indices])
 
-        # the images, and for each the position of the example whose draws augment it
+        # image rows, and for each the place in the batch of the example whose draws augment it
         rows, may_flip = examples.image_rows[indices], examples.may_flip[indices]
         first = range(len(indices))
         if self.share_images:
@@ -730,12 +738,13 @@ class TrainingBatches:
 
 
 class RankingBatches:
-    """UC2 on xFlickrCO: for each caption c of image i the four pairs (i, c), (i, caption of another
-    image), (another image, c), (i, hard caption).
+    """UC2 on xFlickrCO: for each training caption c of image i four pairs, (i, c), (i, caption of
+    another image), (another image, c), (i, hard caption).
 
     The hard caption belongs to an image of i's pool of similar images (`read_hard_negatives`) or,
-    where it has no pool, to any other image. Every image and caption of the batch is embedded once;
-    image_index and text_index [4B] say which of them form the pairs. `first_image_bug` draws all
+    where it has no pool, to any other image. Every one of the images and captions is embedded once;
+    image_index and text_index, four entries per training caption, tell which form the pairs.
+    `first_image_bug` draws all
     negative captions from the first image of the file, as IGLUE's code does by mistake and its
     published numbers rest on.
     """
@@ -753,7 +762,7 @@ class RankingBatches:
             self.captions_of = self.captions_of[:1] * len(self.captions_of)
 
     def other_image(self, image, generator):
-        # one of the others, each as likely: those from `image` on move up by one
+        # each of the others is as likely: numbers from `image` on stand for the one after them
         other = generator.integers(len(self.captions_of) - 1)
         return other + (other >= image)
 
@@ -764,8 +773,8 @@ class RankingBatches:
             # the order of these draws matters: they come from one generator
             generator = item_generator(self.seed, epoch, index)
             image = examples.image_rows[index]
-            unlike = self.other_image(image, generator)
-            other_caption = generator.choice(self.captions_of[unlike])
+            other = self.other_image(image, generator)
+            other_caption = generator.choice(self.captions_of[other])
             other_image = self.other_image(image, generator)
             if image in self.pools:
                 similar = generator.choice(self.pools[image])
@@ -777,7 +786,6 @@ class RankingBatches:
         # every image and caption once, and where it stands
         images, image_index = np.unique(images, return_inverse=True)
         texts, text_index = np.unique(texts, return_inverse=True)
-        # images [I], texts [B], image_index and text_index [4 pairs an item]
         batch = self.pictures.batch(images)
         batch["ids"] = [examples.records[i].id for i in indices]
         batch["image_index"] = torch.from_numpy(image_index)
@@ -833,8 +841,8 @@ def load_batches(make, items, workers, device):
             pipes.append(pipe)
             process = os.fork()
             if process == 0:
-                share = itertools.islice(items, w, None, workers)
-                pipe.close()  # the main process alone reads: without it, sending fails
+                share = itertools.islice(items, w, None, workers)  # of its own copy of `items`
+                pipe.close()  # so that sending fails once the main process is gone
                 make_batches(make, share, end, rebuild)
             processes.append(process)
             end.close()  # the worker's is now the only one
@@ -861,7 +869,7 @@ def load_batches(make, items, workers, device):
 def make_batches(make, items, end, rebuild):
     """All that a worker process does, to its end. rebuild(array): makes a tensor of it again."""
     try:
-        # a signal to all processes, such as Ctrl-C, is for the main one: it ends the workers
+        # signals such as Ctrl-C reach all processes: the main one decides, and ends its workers
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         # a forked process must not use the threads of its parent
@@ -902,7 +910,7 @@ def answer_targets(examples, answer_tokens):
                 rows.append(answer_tokens[answer])
                 questions.append(i)
                 weights.append(weight)
-        if not rows:  # the model cannot score no answer at all, so one that weighs nothing
+        if not rows:  # no question of these has an answer: any one, with weight 0
             rows, questions, weights = [next(iter(answer_tokens.values()))], [0], [0.0]
         return {"answer_ids": pad(rows)[0], "answer_question": torch.tensor(questions),
                 "answer_weight": torch.tensor(weights)}

@@ -252,7 +252,7 @@ def classify(model, evaluation, device, workers):
     predicted = {}  # (language, example) -> index of the label
     for keys, inputs in texts_with_images(model, evaluation, device, workers):
         predicted.update(zip(keys, model.predict(*inputs).tolist()))
-    # every process needs the texts of all others, too
+    # every process gets the predictions of all others, too
     for part in from_all_ranks(predicted):
         predicted |= part
 
@@ -291,7 +291,7 @@ def texts_with_images(model, evaluation, device, workers=0):
 
 
 def percent(values):
-    """Share of true values."""
+    """Percentage of true values."""
     return 100 * sum(values) / len(values)
 
 
@@ -326,8 +326,9 @@ def score(records, predictions):
 def retrieve(model, evaluation, device, workers, candidates):
     """Score pairs of captions and images, rank both ways. -> (results, predictions).
 
-    UC2 scores every pair. CCLM scores, by contrastive features, the `candidates` images that are
-    most similar to a caption and captions that are most similar to an image; the rest ranks below.
+    UC2 scores every pair. For CCLM contrastive features first choose the `candidates` most similar
+    images of every caption and captions of every image; only these pairs are scored. In either
+    ranking, what is no candidate comes last.
     """
     keys = evaluation.pictures.keys
     contrastive = hasattr(model, "image_features")
@@ -347,7 +348,7 @@ def retrieve(model, evaluation, device, workers, candidates):
     results, predictions = {}, {}
     for language, examples in evaluation.examples.items():
         rows = evaluation.image_rows[language]
-        # row of each of this language's images -> its column in the matrix of scores
+        # this language's images are the columns of its matrices: image row -> column
         columns = sorted(set(rows))
         column_of = {row: column for column, row in enumerate(columns)}
         tokens = examples.tokens
@@ -362,7 +363,7 @@ def retrieve(model, evaluation, device, workers, candidates):
             states.extend(encoded)
             if contrastive:
                 text_features.extend(model.text_features(encoded).cpu())
-        back = np.argsort(order)
+        back = np.argsort(order)  # caption -> its place in `order`
         states = pad_sequence(states, batch_first=True)[back]  # [N,T,D]
         masks = data.pad(tokens)[1].to(device)  # [N,T]
 
@@ -388,15 +389,15 @@ def retrieve(model, evaluation, device, workers, candidates):
                     continue
                 column = column_of[row]
                 memory = select(memories, slice(i, i + 1))
-                some = np.flatnonzero(wanted[:, column])
+                some = np.flatnonzero(wanted[:, column])  # captions to score with this image
                 for batch in token_batches(lengths[some], device):
                     chosen = some[batch]
-                    longest = lengths[chosen[-1]]
+                    longest = lengths[chosen[-1]]  # they are sorted by length
                     texts = states[chosen, :longest]
                     mask = masks[chosen, :longest]
                     scores[chosen, column] = model.match_scores(texts, mask, memory).cpu()
 
-        # 5. Both rankings, from the scores of all processes.
+        # 5. Both rankings. A pair is scored where its image is, and 0 in all other processes.
         scores = sum(from_all_ranks(scores))
         right = torch.tensor(rows)[:, None] == torch.tensor(columns)  # [N,I]
         ids = [record.id for record in examples.records]
@@ -432,10 +433,10 @@ def ranking(kind, names, found, found_names, scores, candidates, right):
     [{kind: name, found: [ten names], "rank": rank}].
     """
     order = scores.masked_fill(~candidates, -torch.inf).argsort(descending=True, stable=True)
-    # of the captions of an image, the one that stands first counts
-    ranks = right.gather(1, order).int().argmax(1)
+    # place of the first right column: of an image's captions the best one counts
+    places = right.gather(1, order).int().argmax(1)
     entries = []
-    for name, best, rank in zip(names, order[:, :10].tolist(), ranks.tolist()):
+    for name, best, rank in zip(names, order[:, :10].tolist(), places.tolist()):
         entries.append({kind: name, found: [found_names[i] for i in best], "rank": rank})
     return entries
 
@@ -464,7 +465,7 @@ def table(task, results):
             row["without -"] = scores["accuracy_labelled"]
         for name, part in scores.get("by_type", {}).items():
             row[name] = part["accuracy"]
-        headings |= row
+        headings |= row  # for its keys
     others = [row for language, row in rows.items() if language != "en"]
     if len(others) > 1:
         # of those languages that have items of a type
@@ -525,12 +526,12 @@ def read_results(run):
 
 
 def fingerprints(run):
-    """What a run read: {path as in its args: sha256}."""
+    """What a run read: {the last two parts of a file's path: sha256}."""
     return stored(run, "fingerprints")
 
 
 def has_read(run, path):
-    """Whether a run read a file, wherever it lay then, as it is now."""
+    """Whether the file at `path` is, byte for byte, one that a run read, wherever it lay then."""
     return os.path.isfile(path) and data.fingerprint(path) in fingerprints(run).values()
 
 
@@ -561,7 +562,7 @@ def load_run(run, device, epoch=None, data_folder=None, tokenizer=None):
     weights = "model.pt" if epoch is None else f"epoch{epoch}.pt"
     model = load_weights(f"{run}/{weights}", args, device)
     tokenizer = data.Tokenizer(args.tokenizer)
-    # by their fingerprints, are they the files of the run, wherever they lie now?
+    # a warning for files that are not, by their fingerprints, those of the run
     paths = [args.tokenizer]
     for language in data.LANGUAGES[args.task]:
         paths.append(data.annotation_file(args.data, args.task, "test", language))

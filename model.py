@@ -28,7 +28,7 @@ def split_heads(x, heads):
 
 
 class Attention(nn.Module):
-    """Multi-head attention. Keys and values are computed apart, so that texts can share them."""
+    """Multi-head attention. Keys and values are a step of their own: texts can share them."""
 
     def __init__(self, width, heads, memory_width, dropout):
         super().__init__()
@@ -45,11 +45,12 @@ class Attention(nn.Module):
     def forward(self, x, keys_values, mask=None):
         """softmax(q kᵀ / sqrt(D/H)) v and the output projection: x [B,T,D] -> [B,T,D].
 
-        keys_values: of B rows, or of fewer, each shared by as many rows of x in turn. mask:
-        boolean, True where a key may be attended; broadcasts to [B,H,T,S].
+        keys_values: of B rows, or of fewer, K: then the first B/K rows of x share the first of
+        them, and so on. mask: boolean, True where a key may be attended; broadcasts to [B,H,T,S]
+        (or [K,H,T*B/K,S]).
         """
         keys, values = keys_values
-        # texts that share a row are side by side as its queries, so that nothing is copied
+        # texts that share keys become one long row of queries [K,T*B/K,D]: no key is copied
         query = self.query(x).reshape(len(keys), -1, x.shape[-1])
         query = split_heads(query, self.heads)
         # in training with dropout of the attention weights, inside the fused kernel
@@ -62,7 +63,8 @@ class Attention(nn.Module):
 class TransformerLayer(nn.Module):
     """Post-LN layer: self-attention, cross-attention if there is a memory, feed-forward.
 
-    Each is followed by dropout, the residual connection and LayerNorm.
+    Each is followed by dropout, the residual connection and LayerNorm. The memory is what
+    cross-attention reads: states of the image, or of the question for the answer decoder.
     """
 
     def __init__(self, width, heads, feed_forward, eps, dropout, memory_width=None):
@@ -143,11 +145,11 @@ def init_weights(module):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 
-# Where other frameworks keep the tensors in a file, and what they put before and into their names.
+# Keys under which other frameworks nest the tensors, and what wrappers add to their names
 CONTAINERS = ("module", "model", "model_state_dict", "state_dict")
 WRAPPERS = r"^((module|model|_orig_mod)\.)+|_orig_mod\.|_(fsdp|checkpoint)_wrapped_module\."
 
-# What a file may be instead of a checkpoint: how it begins, the last that fits.
+# What an unreadable file may be: how it begins -> what it is; the last that fits counts
 KINDS = {
     rb"": "damaged or truncated",
     rb"PK": "another zip archive or a truncated one",
@@ -161,7 +163,7 @@ KINDS = {
 
 
 class Foreign(dict):
-    """In place of another library's object beside the tensors: made, filled and never run."""
+    """Stands for any pickled object that is no tensor: takes its contents, runs no code of it."""
 
     def __init__(self, *ignored):
         pass
@@ -174,7 +176,7 @@ def read_checkpoint(path):
 
     Nothing in the file is executed. Raises ValueError, one line, for any other file.
     """
-    # torch's files are zip archives, which need not be read whole; its older ones are not
+    # torch's files are zip archives, which can be memory-mapped; its older ones are not
     is_zip = zipfile.is_zipfile(path)
     try:
         # arguments, schedulers, numpy's numbers beside the tensors: nothing of them is needed
@@ -210,9 +212,9 @@ def read_checkpoint(path):
 def load(model, tensors, source, whole=None):
     """Copy a checkpoint into `model`, and return the model.
 
-    The file must hold every tensor of `whole` and no other. whole: a model whose file it is, on
-    the meta device; the model itself by default. What the model lacks of it stays unused, what it
-    has beyond it keeps its initialisation. Index buffers (`constants`) may be there or not.
+    whole: a model with exactly the file's tensors (on the meta device); by default `model` itself.
+    All of its tensors must be in the file and no others; index buffers (`constants`) may be there
+    or not. What `model` lacks of them is not used; what only `model` has keeps its initialisation.
     Raises ValueError, one line: the first tensor that is missing, unknown or of another shape.
     """
     whole = whole or model

@@ -6,7 +6,7 @@ always trains. Copy this file, which imports only the standard library, and use 
 
     layers = list(model.encoder.layers)                         # bottom to top
     outside = [model.embedding, model.head]                     # everything else
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)  # also what starts frozen
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)  # all, also what starts frozen
     check_partition(model, layers, outside, optimizer)
     for epoch in range(first_epoch, epochs):                    # resuming needs no other state
         changed = apply(layers, suf(epoch, len(layers), k=3))   # True: renew DDP, reset compile
@@ -62,8 +62,8 @@ def rate_shares(trained, factors, num_layers):
     """Share of a run's learning rate, summed over its steps, that each layer gets, bottom first.
 
     trained: for every step the set of layers that train; factors: the learning rate of every step
-    as a factor of its peak. SUF gives a layer less training as well as later training. A control
-    that trains all layers in all steps, each at its share of the rate, gives less without later."""
+    as a factor of its peak. Under SUF a layer trains less, and later. The control for "less" trains
+    all layers in all steps, each at its share of the rate."""
     integral = 0.0
     shares = [0.0] * num_layers
     for layers, factor in zip(trained, factors, strict=True):
@@ -100,8 +100,8 @@ def parameters(group):
 def check_partition(model, layers, outside, optimizer=None):
     """ValueError that names a parameter which would not train, or not stay frozen, as it should.
 
-    Each must be in one layer or in outside, and in the optimizer. Exempt is what stays frozen for
-    good: it does not require gradients and is in no layer. Call it once, before training."""
+    Each must be in one layer or in outside, not in both, and in the optimizer. Only what does not
+    require gradients, and never will, may be in none of them. Call it once, before training."""
     names = {}
     for name, p in model.named_parameters():
         names[id(p)] = name
@@ -164,7 +164,7 @@ def backward_share(trainable, sizes, input_gradient=True):
     """Estimated backward compute of the layers, as a share of training them all and their input.
 
     sizes: parameters of each layer; input_gradient: whether anything below the layers trains.
-    Left out are attention's scores: 3 points where a text is a third as long as a layer is wide."""
+    Attention's scores are left out: with texts of width / 3 tokens the share is 3 points higher."""
     cost = 0
     for i, size in enumerate(sizes):
         # Gradients of weights, where the layer trains; of activations, where it or one below does

@@ -45,7 +45,7 @@ from model import TransformerLayer, file_tensors, read_checkpoint
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 # --------------------------------------------------------------------------------------------------
-# Recipes: every number of the paper's runs
+# Recipes
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class Recipe:
     augment: bool = True  # CCLM's code
     few_shot_epochs: int = 20  # IGLUE's, as section 5.4 says
     few_shot_lrs: tuple = (1e-4, 5e-5, 1e-5)
-    micro_batch: int = 32  # ours: most examples in one forward pass; more is accumulated
+    # ours: most examples in one forward pass; more is accumulated (CCLM's retrieval has then fewer
+    # negatives, as it takes them from the pass)
+    micro_batch: int = 32
     # how each reference reads texts: clean-up, most words, most tokens (None: no limit)
     clean: str = ""
     train_words: int | None = None
@@ -125,7 +127,7 @@ what        --model uc2|cclm           the encoder
 strategy    --suf [K]                  scheduled unfreezing: K more layers per epoch, from the top
                                        (default: the recipe's K)
             --lr-decay D               learning rate times D per layer down
-            --train-top N              only the top N layers train; nor do the embeddings
+            --train-top N              only the top N layers train; embeddings are frozen
             --lp-ft                    no layer trains in epoch 1, all of them afterwards
             --freeze [embeddings] [vision]    what stays frozen beside layers
 of --suf    --order bottom-up|random   instead of from the top
@@ -228,7 +230,7 @@ def strategy_name(args):
 
 
 def suf_layers(args, recipe, step, steps, num_layers):
-    """Set of the layers that SUF trains at a step (from 0). steps: of an epoch."""
+    """Set of the layers that SUF trains at a step (from 0). steps: how many an epoch has."""
     k = recipe.suf_k if args.suf is True else args.suf
     phase = step // (args.suf_interval or steps)
     order = None  # the paper's: from the top
@@ -240,7 +242,10 @@ def suf_layers(args, recipe, step, steps, num_layers):
 
 
 def trainable_layers(args, recipe, step, steps, num_layers):
-    """Set of the layers that train at a step (from 0) by any strategy. steps: of an epoch."""
+    """Set of the layers that train at a step (from 0) by any strategy.
+
+    steps: how many an epoch has. `--only less` trains all, at rates that `learning_rates` lowers.
+    """
     if args.lp_ft and step < steps:
         return set()
     if args.train_top is not None:
@@ -255,7 +260,8 @@ def learning_rates(args, recipe, steps, num_layers):
     decay = args.lr_decay or 1.0
     rates = schedule.layer_decay(recipe.lr, decay, num_layers)
     if args.only:
-        # the share of its learning rate, summed over the run, that SUF leaves to each layer
+        # the share of its rate, summed over the run, that SUF leaves to each layer: "less"
+        # multiplies the rate by it, "later" divides
         every_step = range(steps * recipe.epochs)
         trained = [suf_layers(args, recipe, step, steps, num_layers) for step in every_step]
         factors = [lr_factor(step, len(every_step), recipe.warmup) for step in every_step]
@@ -267,7 +273,8 @@ def learning_rates(args, recipe, steps, num_layers):
     parts = {f"layer {i + 1}": rate for i, rate in enumerate(rates)}
     parts["embeddings"] = recipe.embedding_lr or recipe.lr
     if args.embedding_lr is None:
-        parts["embeddings"] *= decay**num_layers  # the paper is silent: below the lowest layer
+        # the paper does not say: as one more layer below the lowest
+        parts["embeddings"] *= decay**num_layers
     return parts | {"vision": recipe.vision_lr or recipe.lr, "head": recipe.lr}
 
 
@@ -286,24 +293,24 @@ def make_optimizer(model, args, recipe, steps):
     One group per part of the model, with weight decay or without. Freezes what args.freeze names.
     """
     rates = learning_rates(args, recipe, steps, len(model.layers))
-    groups, outside = {}, []
+    members, outside = {}, []
     for name, part in part_of(model).items():
         parameter = model.get_parameter(name)
         parameter.requires_grad_(part not in args.freeze)
-        groups.setdefault((part, model.decays(name)), []).append(parameter)
+        members.setdefault((part, model.decays(name)), []).append(parameter)
         if not part.startswith("layer"):
             outside.append(parameter)
-    options = []
-    for (part, decays), parameters in groups.items():
+    groups = []
+    for (part, decays), parameters in members.items():
         weight_decay = recipe.weight_decay if decays else 0.0
-        options.append({"params": parameters, "peak_lr": rates[part], "weight_decay": weight_decay})
-    optimizer = torch.optim.AdamW(options, 0.0, recipe.betas, recipe.eps, fused=True)
+        groups.append({"params": parameters, "peak_lr": rates[part], "weight_decay": weight_decay})
+    optimizer = torch.optim.AdamW(groups, 0.0, recipe.betas, recipe.eps, fused=True)
     schedule.check_partition(model, model.layers, outside, optimizer)
     return optimizer
 
 
 def lr_factor(step, total, warmup):
-    """Linear from 0 to 1 over the share `warmup` of all steps, then linear to 0 at the last one.
+    """Linear from 0 to 1 over the share `warmup` of all steps, then down to 0 after the last one.
 
     The first step has rate 0, as in both references.
     """
@@ -314,11 +321,11 @@ def lr_factor(step, total, warmup):
 
 
 def set_rates(optimizer, factor, recipe):
-    """The learning rates of the step that follows, and its eps.
+    """Set learning rate and eps for the step that follows.
 
-    The references add eps before Adam's bias correction, torch after it: eps divided by the
-    correction is the same. The correction goes by a parameter's own number of updates; the
-    parameters of a group thaw together.
+    With c = 1 - beta2^t the references divide by (sqrt(v) + eps) / sqrt(c), torch by
+    sqrt(v) / sqrt(c) + eps: the same if torch gets eps / sqrt(c). t is a parameter's own number of
+    updates, counted per group, because the parameters of a group thaw together.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
@@ -341,9 +348,10 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
     steps = len(examples) // recipe.batch_size  # of an epoch
     total, num_layers = steps * recipe.epochs, len(model.layers)
     optimizer = make_optimizer(model, args, recipe, steps)
-    state, saved = {"step": 0, "log": ""}, f"{args.run}/last.pt"
-    if args.resume and os.path.isfile(saved):
-        state = torch.load(saved, map_location="cpu", weights_only=True)
+    # where the run begins: at its start, or where last.pt was saved
+    state, last = {"step": 0, "log": ""}, f"{args.run}/last.pt"
+    if args.resume and os.path.isfile(last):
+        state = torch.load(last, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     first = state["step"]
@@ -352,7 +360,8 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
     # the batches, each in equal parts, of which this process runs `mine`
     mine = range(rank * args.grad_accum, (rank + 1) * args.grad_accum)
     groups = examples.image_rows if args.questions_per_image > 1 else None
-    pool = 1 if args.task == "xflickrco" else 16  # retrieval: not by length, fully at random
+    # retrieval: batches at random; each, and so its parts, is still sorted by length
+    pool = 1 if args.task == "xflickrco" else 16
     items = data.training_items(
         examples, recipe.batch_size, args.seed, recipe.epochs, first, processes * args.grad_accum,
         mine, pool=pool, groups=groups, group_size=args.questions_per_image)
@@ -360,7 +369,7 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
     if args.compile:
         compile_layers(model)
     model.train()
-    if first and first % steps == 0:  # it was stopped between this epoch and the next
+    if first and first % steps == 0:  # last.pt is written before an epoch's test: that comes first
         after_epoch(first // steps - 1, first, log)
     bar = evaluation.progress(range(first, total), "training")
     wrapped = None
@@ -377,8 +386,8 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
             say(f"epoch {epoch + 1}: {len(trainable)} of {num_layers} layers train")
             if args.compile:
                 torch.compiler.reset()  # torch 2.11 would reuse what it compiled for a frozen layer
-            # DDP averages the gradients of what trained when it was made: one for every phase
-            wrapped = model  # the old wrapper's hooks go before the new one's come
+            # DDP averages only what requires gradients when it is made: a new one in every phase
+            wrapped = model  # frees the old wrapper and its hooks before the new one is made
             if dist.is_initialized():
                 wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True,
                                                   broadcast_buffers=False)
@@ -400,9 +409,10 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
                     loss = wrapped(batch)
                 (loss / args.grad_accum).backward()
             losses.append(loss.detach())
+        # without a clip the norm is only measured
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
 
-        # means over the processes; was any of them told to stop?
+        # means over the processes: of loss, norm, and whether a signal has reached it
         told = norm.new_tensor(stop.number > 0)
         shared = torch.stack([torch.stack(losses).mean(), norm, told])
         if dist.is_initialized():
@@ -426,7 +436,7 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
             with open(log.name, encoding="utf-8") as file:
                 state = {"step": done, "log": file.read(), "model": model.state_dict(),
                          "optimizer": optimizer.state_dict()}
-            data.write(saved, lambda file: torch.save(state, file))
+            data.write(last, lambda file: torch.save(state, file))
         if stopping:
             if dist.is_initialized():
                 dist.barrier()  # once one process has ended, torchrun ends the others
@@ -539,7 +549,7 @@ def settings_of(args, recipe, fingerprints):
     """What a resumed run must share with the run it continues."""
     settings = {"strategy": strategy_name(args)} | asdict(recipe) | fingerprints
     for name in ("model", "task", "seed", "limit", "questions_per_image", "first_image_negatives",
-                 "precision", "deterministic", "few_shot", "shots"):
+                 "precision", "deterministic", "answers", "few_shot", "shots"):
         settings[name] = getattr(args, name)
     processes = ranks()[1]
     settings["processes x accumulation"] = processes * args.grad_accum
@@ -568,7 +578,8 @@ def check_new(args):
 def start_folder(args, recipe, changed, model, fingerprints):
     """Make the run's folder with its args.json.
 
-    InputError where a resumed run was another one, or where the disk is too small for its end.
+    InputError where the run in this folder has other settings, or where the disk cannot hold what
+    the run will write.
     """
     path = f"{args.run}/args.json"
     settings = settings_of(args, recipe, fingerprints)
@@ -581,7 +592,8 @@ def start_folder(args, recipe, changed, model, fingerprints):
     if ranks()[0] > 0:
         return
     data.make_folder(f"{args.run}/predictions")
-    # model.pt; last.pt with Adam's two moments, beside the one before; every epoch's weights
+    # in sizes of the model: model.pt 1; last.pt 3, with Adam's two moments, and twice that while it
+    # is replaced; every epochN.pt 1
     copies = 1 + 2 * 3 + args.save_epochs * recipe.epochs
     needed = copies * 4 * sum(parameter.numel() for parameter in model.parameters())
     free = shutil.disk_usage(args.run).free
@@ -632,19 +644,19 @@ def training_data(args, recipe, tokenizer, labels, split):
                                   args.few_shot or "en", args.shots, True, keep, args.limit)
     pictures = evaluation.make_pictures(args, recipe, split, examples.image_keys)
 
-    # what a batch holds beside texts and images
+    # what a batch holds beside texts and images (but UC2's retrieval, below)
     names = labels or evaluation.MODELS[args.model].LABELS
-    number = {name: i for i, name in enumerate(names)}
+    class_of = {name: i for i, name in enumerate(names)}
     if args.task == "xgqa":
         data.check_answers(examples, labels)
     if args.task == "xflickrco":
         targets = data.contrast_targets(examples)
     elif args.model == "uc2":
-        targets = data.class_targets(examples, number)
+        targets = data.class_targets(examples, class_of)
     elif args.task == "xgqa":
         targets = data.answer_targets(examples, dict(zip(labels, tokenizer(labels))))
     else:
-        targets = data.label_targets(examples, number)
+        targets = data.label_targets(examples, class_of)
     if args.model == "uc2" and args.task == "xflickrco":
         # IGLUE's few-shot code draws the hard caption like the random one
         pools = {} if args.few_shot else data.read_hard_negatives(args.data, examples.image_keys)
@@ -668,7 +680,7 @@ def accumulation(args, recipe, examples):
         raise InputError(f"a batch of {size} cannot be split evenly over {processes} process(es) x "
                          f"{args.grad_accum} accumulation steps: choose another --grad-accum or "
                          "--batch-size")
-    contrasted = size // args.grad_accum
+    contrasted = size // args.grad_accum  # in one forward pass of all processes
     most = int(np.bincount(examples.image_rows).max())  # captions of one image
     if args.model == "cclm" and args.task == "xflickrco" and contrasted <= most:
         raise InputError(f"{examples.source}: CCLM learns retrieval from the pairs of one forward "
@@ -689,8 +701,8 @@ def print_plan(args, recipe, changed, model, examples):
     outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
     still = [p for name, p in model.named_parameters() if model.group_of(name) in args.freeze]
     frozen = sum(p.numel() for p in still)
-    firsts = range(0, steps * recipe.epochs, steps)  # first step of every epoch
-    epochs = [trainable_layers(args, recipe, step, steps, n) for step in firsts]
+    lasts = range(steps - 1, steps * recipe.epochs, steps)  # last step of every epoch
+    epochs = [trainable_layers(args, recipe, step, steps, n) for step in lasts]
     rates = learning_rates(args, recipe, steps, n)
     factors = [rates[f"layer {i + 1}"] / recipe.lr for i in range(n)]
     trains_below = "embeddings" not in args.freeze

@@ -19,7 +19,8 @@ under the names of IGLUE's `uc2_checkpoint_200000.bin` (its framework is VOLTA).
 - "original", the file of UC2's authors, as `tools/uc2_original.py` renames it: tanh after the
   pooler, eps 1e-12 in the layers, both LayerNorms in their places.
 
-Letters: B texts, T text tokens, I images, V regions, F region feature width, D width.
+Letters: B texts or pairs, C captions, T text tokens, I images, V regions, F region feature width,
+D width.
 """
 
 import re
@@ -132,7 +133,7 @@ class UC2(nn.Module):
         return regions, batch["region_mask"]
 
     def image_memory(self, encoded_images):
-        """What texts can share of their images, as `fuse` takes it."""
+        """In the form that `select` and `fuse` take: a list of one pair (CCLM: one per layer)."""
         return [encoded_images]
 
     def memory(self, batch):
@@ -140,7 +141,10 @@ class UC2(nn.Module):
         return self.image_memory(self.encode_images(batch))
 
     def encode_texts(self, input_ids, attention_mask):
-        """[B,T] -> text embeddings [B,T,D]: every layer sees the image, so none can be run yet."""
+        """[B,T] -> text embeddings [B,T,D]: every layer sees the image, so none can be run yet.
+
+        attention_mask: for CCLM alone, which runs layers here.
+        """
         return self.text_embeddings(input_ids)
 
     def fuse(self, text_states, attention_mask, memory, first_token=False):
@@ -148,7 +152,7 @@ class UC2(nn.Module):
 
         memory: of B images, or of one that all texts share.
         """
-        # the stream: text tokens first, then regions; the same image for all texts is not copied
+        # the stream: text tokens first, then regions; one image for all texts is repeated
         [(regions, region_mask)] = memory
         texts = len(text_states)
         regions = regions.expand(texts, -1, -1)
@@ -365,8 +369,9 @@ def read_sizes(tensors, config, source):
 
     vocabulary, width = shape("text_embeddings.word.weight")
     # outputs of heads that only some models' files have
-    outputs, heads = {}, {"labels": "answer_head.3.bias", "region_classes": "region_classes.3.bias"}
-    for size, bias in heads.items():
+    outputs = {}
+    biases = {"labels": "answer_head.3.bias", "region_classes": "region_classes.3.bias"}
+    for size, bias in biases.items():
         if official_name(bias) in tensors:
             [outputs[size]] = shape(bias)
     return Sizes(

@@ -6,7 +6,7 @@ branches are scaled by learned vectors (layer scale) and dropped at random in tr
 depth). Pre-trained at 224x224 and fine-tuned at 384x384, so the tables must be resized:
 `resize_position_table`.
 
-Parameter names are those of the official checkpoint, but for the prefix.
+Parameter names are those of the official checkpoint, but for the prefix and patch_embed.proj.
 Letters: B batch, P patches ((R/16) squared), D width, H heads, R image side, w window side.
 """
 
@@ -48,8 +48,8 @@ class BlockAttention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, bias)  # [B,1+P,3D]
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [B,1+P,3,H,D/H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B,H,1+P,D/H]
-        # rows of the transposed table: its gradient is added up several times faster than that
-        # of table[position_index]
+        # index_select on the transposed table: its gradient is several times faster than that of
+        # table[position_index]
         table = self.relative_position_bias_table.T  # [H,rows]
         position_bias = table.index_select(1, position_index.flatten())
         position_bias = position_bias.unflatten(1, position_index.shape)  # [H,1+P,1+P]
@@ -108,7 +108,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images -> one token for the whole image, the mean of the normalised patches, and the patches.
+    """Images -> the mean of the normalised patches, which stands for the whole image, then these.
 
     The reference's class token takes part in the attention and is dropped at the end.
     """
@@ -152,7 +152,7 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # what ends a block is the smaller, the higher it is
+        # the matrix that ends a branch starts the smaller, the deeper its block
         for depth, block in enumerate(self.blocks):
             divisor = (2 * (depth + 1)) ** 0.5
             block.attn.proj.weight /= divisor
@@ -174,19 +174,19 @@ def relative_position_index(side):
     # offsets between patches, from 1 - side to side - 1, counted from 0
     down = rows[:, None] - rows + side - 1  # [P,P]
     right = columns[:, None] - columns + side - 1
-    window = 2 * side - 1
-    offsets = window**2
+    span = 2 * side - 1
+    offsets = span**2
     # the first row and column belong to the class token
     tokens = side * side + 1
     index = torch.full((tokens, tokens), offsets)
-    index[1:, 1:] = down * window + right
+    index[1:, 1:] = down * span + right
     index[1:, 0] = offsets + 1
     index[0, 0] = offsets + 2
     return index
 
 
 def resize_position_table(table, new_length):
-    """Resize a bias table to another window: [(2w-1)²+3, H] -> [new_length, H], in float64.
+    """Resize a bias table to another window: [(2w-1)²+3, H] -> [new_length, H]; float64 inside.
 
     As the reference does, without SciPy: the offsets of the old window are placed on a geometric
     grid that reaches as far as the new window (dense in the middle, where neighbours differ most),
@@ -242,4 +242,5 @@ def cubic_spline_matrix(knots, points):
         cubes = (x - inner).clamp(min=0) ** 3  # [x,knots-4]
         both = torch.cat([powers, cubes], dim=1)
         values.append(both)  # [x,knots]
+    # solves M @ (functions at the knots) = functions at the points
     return torch.linalg.solve(*values, left=False)
