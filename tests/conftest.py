@@ -164,7 +164,8 @@ def run_processes(*jobs):
     A server that has imported what they need forks them: an interpreter takes seconds to start.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__ for function, *_ in jobs])
+    # torch imports torch._dynamo when something first trains: as slow as torch itself
+    context.set_forkserver_preload(["torch._dynamo", *{job[0].__module__ for job in jobs}])
     processes = [context.Process(target=job[0], args=job[1:]) for job in jobs]
     for process in processes:
         process.start()

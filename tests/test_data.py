@@ -145,6 +145,7 @@ BAD = {  # name -> (file, its content or None, part of the message)
     "image": (IMAGE, b"<html>404</html>", "1.jpg: cannot be read (cannot identify image file"),
     "images": (FOLDER, b"", "gqa/images/2.jpg: no such image (2 of 3 are missing)"),
     "array": (ARRAY, b"\x93NUMPY", "a.npy: "),
+    "pickled array": (ARRAY, np.array({"a": 1}, dtype=object), "a.npy: "),
 }
 
 
@@ -157,12 +158,7 @@ def test_bad_input(name, tmp_path):
         READ[file](tmp_path)
     message = str(caught.value)
     assert part in message and str(tmp_path) in message and "\n" not in message, message
-
-
-def test_messages_are_one_line():
-    error = InputError("a\r\nb\u2028c" + "x" * 10**6)
-    assert str(error).startswith("a b cxx") and len(str(error)) == 1000
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # workers send theirs
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message  # workers send theirs
 
 
 # ---- Pickles and arrays
@@ -184,21 +180,11 @@ def test_arrays_in_pickles(protocol):
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_pickles_run_no_code(protocol, tmp_path):
-    with pytest.raises(InputError, match="here: refers to (_io|io).open; only plain data"):
-        unpickle(pickle.dumps([Bomb(tmp_path / "executed")], protocol))
-    for content in (b"cos\nsystem\n(S'true'\ntR.", b"cnumpy\nload\n(S'a'\ntR."):
-        with pytest.raises(InputError, match="here: refers to (os.system|numpy.load)"):
+    bomb = pickle.dumps([Bomb(tmp_path / "executed")], protocol)
+    for content in (bomb, b"cos\nsystem\n(S'true'\ntR.", b"cnumpy\nload\n(S'a'\ntR."):
+        with pytest.raises(InputError, match="here: refers to .*(open|system|load); only plain data"):
             unpickle(content)
     assert not (tmp_path / "executed").exists()
-
-
-def test_arrays_of_python_2(tmp_path, recwarn):
-    file = io.BytesIO()
-    np.save(file, np.arange(6, dtype=np.float16).reshape(2, 3))
-    content = file.getvalue().replace(b"(2, 3), }  ", b"(2L, 3L), }")
-    assert data.map_array(save(tmp_path / "a.npy", content)).tolist() == [[0, 1, 2], [3, 4, 5]]
-    with pytest.raises(InputError, match="a.npy: "):
-        data.map_array(save(tmp_path / "a.npy", np.array({"a": 1}, dtype=object)))  # a pickle
 
 
 # ---- Writing
@@ -228,16 +214,6 @@ def test_a_full_disk_destroys_nothing(what, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "last.pt").read_bytes() == b"complete"
     assert os.listdir(tmp_path) == ["last.pt"]
-
-
-def test_fingerprint(tmp_path):
-    path = save(tmp_path / "a", b"abc")
-    assert data.fingerprint(path).startswith("ba7816bf8f01cfea")  # FIPS 180's example
-    time.sleep(0.01)
-    save(path, b"abd")
-    assert not data.fingerprint(path).startswith("ba7816bf8f01cfea")
-    with pytest.raises(InputError, match="b: cannot be read"):
-        data.fingerprint(tmp_path / "b")
 
 
 # ---- Text
@@ -550,16 +526,6 @@ def test_shared_images(picture_folder):
     assert len(shared["images"]) == 2 and len(single["images"]) == 4
     assert torch.equal(shared["images"][shared["image_index"]], single["images"])
     assert shared["ids"] == ["7", "1", "2", "6"] and shared["targets"].tolist() == [[0, 1]] * 4
-
-
-def test_shared_images_are_mirrored_where_all_texts_allow_it(picture_folder, monkeypatch):
-    allowed = []
-    monkeypatch.setattr(data, "augment", lambda image, size, flip: (
-        allowed.append(bool(flip)) or data.resize(image, size)))
-    texts = ["is it left of it", *["is it big"] * 11]
-    make_batches(picture_folder, texts=texts).batch((0, np.array([0, 5, 1])))
-    make_batches(picture_folder, share_images=True, texts=texts).batch((0, np.array([0, 5, 1, 6])))
-    assert allowed == [False, True, True, False, True]  # examples 0 and 5 show one image
 
 
 def ranking(folder, pools=None, first_image_bug=False, counts=(3, 1, 2, 2, 4)):
