@@ -555,6 +555,8 @@ def load_weights(path, args, device, **options):
 def load_run(run, device, epoch=None, data_folder=None, tokenizer=None):
     """-> (model, tokenizer, labels, args, recipe) of a finished run, or of one of its epochs."""
     args, recipe = read_run(run, data_folder, tokenizer)
+    if args.miniature and str(device) == "cpu":
+        torch.set_num_threads(1)  # tiny models lose by a second thread
     for path in (args.data, args.tokenizer):
         if not os.path.exists(path):
             raise InputError(f"{path}: it is gone since {run}; --data DIR, --tokenizer FILE tell "
@@ -588,8 +590,6 @@ def main(argv=None):
     device = accelerator()
     model, tokenizer, labels, args, recipe = load_run(given.run, device, given.epoch, given.data,
                                                       given.tokenizer)
-    if args.miniature and device.type == "cpu":
-        torch.set_num_threads(1)  # tiny models lose by a second thread
     # a folder of its own for every kind of result
     name = given.split
     if given.epoch:

@@ -149,15 +149,10 @@ def test_reproduce_lists_its_runs(tmp_path, capsys):
     assert few_shot_runs[0].endswith("uc2-xgqa-standard-seed0-de48")
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--strategies", "suf,best"], r"--strategies best: none of \['standard', 'suf', 'suf-less'"),
-    (["--", "--limit", "8"], "a run with another --limit than the report's"),
-])
-def test_reproduce_refuses(flags, message, tmp_path):
-    write_run(tmp_path / "cclm-xgqa-standard-seed0", [(60, 40)])
-    command = ["--runs", str(tmp_path), "--task", "xgqa", "--model", "cclm"]
+def test_reproduce_refuses():
+    message = r"--strategies best: none of \['standard', 'suf', 'suf-less'"
     with pytest.raises(InputError, match=message):
-        reproduce.main([*command, *flags])
+        reproduce.main(["--task", "xgqa", "--model", "cclm", "--strategies", "suf,best"])
 
 
 @pytest.fixture

@@ -104,10 +104,8 @@ def run(args, stop):
         say(f"{args.run} is complete")
         return
     [chosen_on] = development.examples.values()
-    number = len(examples)
-    images = len(examples.image_keys)
-    say(f"{args.few_shot}: {number} examples on {images} images, in batches of {batch_size}; rate "
-        f"and epoch chosen on {chosen_on.source}")
+    say(f"{args.few_shot}: {len(examples)} examples on {len(examples.image_keys)} images, in batches "
+        f"of {batch_size}; rate and epoch chosen on {chosen_on.source}")
 
     def load(path):
         loaded = evaluation.load_weights(path, args, device, dropout=recipe.dropout,

@@ -59,7 +59,7 @@ They show what the strategies do there and are no evidence about the real benchm
 def plan(args, more):
     """-> {folder: command} of the runs on English, {folder: command} of the few-shot runs.
 
-    more: train.py's flags. InputError where a run that is finished is not the one asked for.
+    more: train.py's flags.
     """
     english, few_shot = {}, {}
     known = []
@@ -71,8 +71,7 @@ def plan(args, more):
             lines.append(f"--train-top {cross_layers}")
         for line in lines:
             flags = ["--model", model, "--task", task, *more, *line.split()]
-            asked = train.parse_args(flags)
-            name = train.strategy_name(asked)
+            name = train.strategy_name(train.parse_args(flags))
             known.append(name)
             if name not in (args.strategies or known):
                 continue
@@ -80,9 +79,6 @@ def plan(args, more):
                 folder = f"{args.runs}/{model}-{task}-{name}-seed{seed}"
                 place = ["--seed", str(seed), "--run-dir", folder]
                 english[folder] = ["-m", "train", *flags, *place]
-                if finished(folder) and evaluation.read_run(folder)[0].limit != asked.limit:
-                    raise InputError(f"{folder}: a run with another --limit than the report's; "
-                                     "move it away, or choose another folder with --runs")
     for name in args.strategies:
         if name not in known:
             raise InputError(f"--strategies {name}: none of {known}")
@@ -141,10 +137,7 @@ def run_all(commands, at_once):
 def write_report(folders, out, failures):
     """Everything that the finished runs allow, in out/report.md beside its CSV and PNG files."""
     runs = analysis.find_runs(folders)
-    # alignment takes long: only the two strategies that the paper shows
-    aligned = [run for run in runs if run.strategy in ("standard", "suf")]
     report = analysis.COMMANDS | {"rivals": rivals.report}
-    report["alignment"] = lambda _: analysis.alignment(aligned)
     with open(f"{out}/report.md", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         print(INTRODUCTION)
         if failures:
