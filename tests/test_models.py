@@ -17,7 +17,7 @@ from conftest import ROOT, Bomb
 import cclm
 import uc2
 from cclm import EOS, AnswerTrie, best_answers, draw
-from model import Attention, TransformerLayer, file_tensors, read_checkpoint, select
+from model import Attention, TransformerLayer, file_tensors, read_checkpoint
 from tools import uc2_original
 from vit import Block, relative_position_index
 

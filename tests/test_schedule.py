@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from schedule import (apply, backward_share, check_partition, layer_decay, parameters, preview,
-                      rate_shares, suf, train_top)
+from schedule import (apply, backward_share, check_partition, layer_decay, parameters, rate_shares,
+                      suf, train_top)
 
 N = 6  # layers of the classifier
 PAGE = (ROOT / "docs" / "schedule.md").read_text(encoding="utf-8")
