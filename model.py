@@ -205,6 +205,9 @@ def read_checkpoint(path):
         if plain in tensors or not torch.is_tensor(tensor):
             raise ValueError(f"{path}: entry {name!r} is not a tensor, or there twice")
         tensors[plain] = tensor
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors by name, such as torch.save(model.state_dict(), "
+                         "…) writes")
     return tensors, config
 
 

@@ -389,8 +389,7 @@ def fit(model, examples, dataset, args, recipe, device, stop, after_epoch):
             # DDP averages only what requires gradients when it is made: a new one in every phase
             wrapped = model  # frees the old wrapper and its hooks before the new one is made
             if dist.is_initialized():
-                wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                                  broadcast_buffers=False)
+                wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         factor = lr_factor(step, total, recipe.warmup)
         set_rates(optimizer, factor, recipe)
 

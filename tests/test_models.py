@@ -286,6 +286,7 @@ WRONG = {  # how -> the file's content, and what the line says that it is
     "zip": (b"PK\x05\x06" + bytes(18), "another zip archive"),
     "truncated": (saved({"a": torch.zeros(1000)})[:1000], "another zip archive or a truncated one"),
     "list": (saved([ONE]), "another zip archive"),
+    "module": (saved(torch.nn.Linear(1, 1)), "holds no tensors by name, such as"),
     "number": (saved({"a": ONE, "epoch": 3}), "entry 'epoch' is not a tensor"),
     "twice": (saved({"a": ONE, "module.a": ONE}), "entry 'module.a' is not a tensor, or there twice"),
 }
