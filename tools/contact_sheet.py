@@ -21,7 +21,7 @@ FONTS = {  # of languages that DejaVu Sans cannot write
 }
 # In pixels: language, question, the answers of both runs stand right of an image. Eight images with
 # ten lines each: a heading, eight languages, an empty line
-COLUMNS, LINE, SIZE = (220, 260, 750, 1000), 24, (1240, 1920)
+COLUMNS, LINE, SIZE = (220, 260, 780, 1030), 24, (1260, 1920)
 COLORS = {"✓": "green", "✗": "red"}
 
 
