@@ -89,18 +89,6 @@ def test_files_of_a_split(tmp_path):
     }.items():
         path = save(tmp_path / name, {})
         assert data.annotation_file(str(tmp_path), *which) == str(path)
-    key = "COCO_val2014_000000391895"
-    for (task, image), path in {("xgqa", "n1"): "gqa/images/n1.jpg",
-                                ("xvnli", "7"): "flickr30k/flickr30k-images/7.jpg",
-                                ("xflickrco", key): f"mscoco/val2014/{key}.jpg"}.items():
-        assert data.image_path("D", task, image) == f"D/{path}"
-    for which, path in {("xgqa", "test"): "gqa", ("xvnli", "test"): "flickr30k",
-                        ("xflickrco", "valid"): "flickr30k",
-                        ("xflickrco", "test"): "xFlickrCO"}.items():
-        assert data.feature_folder("D", *which) == f"D/{path}/features"
-    assert not data.is_miniature(tmp_path)
-    save(tmp_path / "made_by.txt", b"")
-    assert data.is_miniature(tmp_path)
 
 
 # ---- What a user can have wrong: one line that names file and record
@@ -116,8 +104,9 @@ READ = {  # file -> what reads it
     "1.jpg": lambda f: data.read_image(f / "1.jpg"),
     "gqa/images/1.jpg": lambda f: data.Images(f, "xgqa", ["1", "2", "3"], 8),
     "a.npy": lambda f: data.map_array(f / "a.npy"),
+    "f": lambda f: data.Regions(str(f / "f"), ["n0", "n1"]).batch(range(2)),
 }
-JSON, JSONL, LINES, TRAIN, LABELS, HARD, MODEL, IMAGE, FOLDER, ARRAY = READ
+JSON, JSONL, LINES, TRAIN, LABELS, HARD, MODEL, IMAGE, FOLDER, ARRAY, REGIONS = READ
 BAD = {  # name -> (file, its content or None, part of the message)
     "no file": (JSON, None, "a.json: cannot be read (No such file or directory)"),
     "empty": (JSON, b"", "a.json: JSONDecodeError"),
@@ -146,16 +135,23 @@ BAD = {  # name -> (file, its content or None, part of the message)
     "images": (FOLDER, b"", "gqa/images/2.jpg: no such image (2 of 3 are missing)"),
     "array": (ARRAY, b"\x93NUMPY", "a.npy: "),
     "pickled array": (ARRAY, np.array({"a": 1}, dtype=object), "a.npy: "),
+    "no folder": (REGIONS, None, "no such folder of region features; `python -m tools.convert SOURCE "),
+    "features truncated": ("f/features.npy", b"\x93NUMPY", "features.npy: "),
+    "no boxes": ("f/boxes.npy", None, "boxes.npy: cannot be read (No such file"),
+    "no batch": ("f/features.npy", np.zeros((3, 6)), "not enough values"),
+    "other images": ("f/ids.txt", b"m0\nm1\n", "no features of image n0 (2 of 2 images are missing)"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, tmp_path):
     file, content, part = BAD[name]
+    if file.startswith("f/"):  # of a folder that is sound but for this file
+        (write_features(tmp_path / "f", [3, 3]) / file[2:]).unlink()
     if content is not None:
         save(tmp_path / file, content)
     with pytest.raises(InputError) as caught:
-        READ[file](tmp_path)
+        READ[REGIONS if file.startswith("f/") else file](tmp_path)
     message = str(caught.value)
     assert part in message and str(tmp_path) in message and "\n" not in message, message
     assert str(pickle.loads(pickle.dumps(caught.value))) == message  # workers send theirs
@@ -193,23 +189,16 @@ def test_write_json_reads_back(tmp_path):
     content = {"ö": [1, None], "path": "\udcff"}  # a file name need not be UTF-8
     data.write_json(tmp_path / "a.json", content)
     assert data.read_json(tmp_path / "a.json") == content and os.listdir(tmp_path) == ["a.json"]
-    data.make_folder(tmp_path / "b/c")
-    data.make_folder(tmp_path / "b/c")
-    with pytest.raises(InputError, match="a.json/c: cannot be written"):
-        data.make_folder(tmp_path / "a.json/c")
 
 
-@pytest.mark.parametrize("what", ["bytes", "tensors"])
-def test_a_full_disk_destroys_nothing(what, tmp_path):
+def test_a_full_disk_destroys_nothing(tmp_path):
     """A limit on the size of files stands for the disk."""
-    saves = {"bytes": lambda file: file.write(bytes(100_000)),
-             "tensors": lambda file: torch.save(torch.zeros(100_000), file)}
     data.write(tmp_path / "last.pt", lambda file: file.write(b"complete"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(InputError, match=r"last.pt: cannot be written \(File too large\)"):
-            data.write(tmp_path / "last.pt", saves[what])
+            data.write(tmp_path / "last.pt", lambda file: torch.save(torch.zeros(100_000), file))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "last.pt").read_bytes() == b"complete"
@@ -319,49 +308,15 @@ def write_features(folder, counts=(3, 3, 3, 3), width=6):
 
 
 def test_regions(tmp_path):
-    """As many boxes in every image, and up to a different number of them: padded to the batch's most."""
-    folder = write_features(tmp_path / "full")
-    regions = data.Regions(str(folder), ["n2", "n0"])
-    assert (regions.dim, regions.keys) == (6, ["n2", "n0"])
-    batch = regions.batch(np.array([0, 1, 0]))
-    names = ("features", "boxes", "sizes")
-    features, boxes, sizes = [np.load(folder / f"{name}.npy")[[2, 0, 2]] for name in names]
-    assert np.array_equal(batch["features"], features)
-    assert np.array_equal(batch["locations"], data.locations(boxes, sizes))
-    assert batch["region_mask"].tolist() == [[1, 1, 1]] * 3
-    assert [batch[name].dtype for name in ("features", "locations", "region_mask")] == [
-        torch.float16, torch.float32, torch.int64]
-
+    """Images in any order, padded to the batch's most regions."""
     folder = write_features(tmp_path / "different", [2, 5, 1, 4])
     regions = data.Regions(str(folder), ["n3", "n0", "n2"])
+    assert regions.dim == 6
     batch = regions.batch([0, 1, 2])
     assert batch["region_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
     assert np.array_equal(batch["features"], np.load(folder / "features.npy")[[3, 0, 2], :4])
     assert not batch["locations"][2, 1:].any() and batch["locations"][2, 0].all()
     assert regions.batch([2])["features"].shape == (1, 1, 6)
-
-
-BAD_FEATURES = {  # name -> (file, its content or function of the array, part of the message)
-    "no folder": ("", None, "no such folder of region features; `python -m tools.convert SOURCE "),
-    "features truncated": ("features.npy", lambda a: a.tobytes()[:50], "features.npy: "),
-    "no boxes": ("boxes.npy", None, "boxes.npy: cannot be read (No such file"),
-    "no batch": ("features.npy", lambda a: a[0], "not enough values"),
-    "other images": ("ids.txt", b"m0\nm1\n", "no features of image n0 (4 of 4 images are missing)"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FEATURES)
-def test_bad_features(name, tmp_path):
-    file, content, part = BAD_FEATURES[name]
-    folder = write_features(tmp_path / "f")
-    if callable(content):
-        content = content(np.load(folder / file))
-    (folder / file).unlink() if file else folder.rename(tmp_path / "elsewhere")
-    if content is not None:
-        save(folder / file, content)
-    with pytest.raises(InputError) as caught:
-        data.Regions(str(folder), ["n0", "n1", "n2", "n3"]).batch(range(4))
-    assert part in str(caught.value) and str(folder) in str(caught.value)
 
 
 # ---- Examples
@@ -438,11 +393,6 @@ IMAGES = np.random.default_rng(1).integers(0, 90, 1000)
 def test_epoch_batches(options):
     batches = data.epoch_batches(LENGTHS, 32, 5, 2, **options)
     assert batches.shape == (31, 32) and len(np.unique(batches)) == 31 * 32
-    torch.manual_seed(99), np.random.seed(99)  # a function of seed and epoch alone
-    assert np.array_equal(batches, data.epoch_batches(LENGTHS, 32, 5, 2, **options))
-    others = [data.epoch_batches(LENGTHS, 32, *which, **options) for which in ((5, 3), (6, 2))]
-    left_out = {tuple(set(range(1000)) - set(b.flatten().tolist())) for b in (batches, *others)}
-    assert len(left_out) == 3  # another rest in every epoch
 
 
 def test_batches_that_a_published_run_had():
@@ -468,20 +418,6 @@ def test_similar_lengths_and_groups_share_a_batch():
     assert len(parts) <= most and len(order) / len(parts) > 3
 
 
-def test_training_items_resume_anywhere():
-    examples = make_examples(20)
-
-    def items(step, mine):
-        found = data.training_items(examples, 4, 7, 3, step, 2, mine)
-        return [(epoch, rows.tolist()) for epoch, rows in found]
-
-    whole = items(0, [0, 1])
-    assert len(whole) == 3 * 5 * 2 and {len(rows) for _, rows in whole} == {2}
-    for step in (1, 5, 7, 14, 15):
-        assert items(step, [0, 1]) == whole[2 * step :]
-    assert items(0, [0]) == whole[0::2] and items(0, [1]) == whole[1::2]  # of two processes
-
-
 # ---- Batches
 
 @pytest.fixture(scope="module")
@@ -505,18 +441,13 @@ def equal(a, b):
     return a.keys() == b.keys() and a["ids"] == b["ids"] and all(same)
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_item(picture_folder):
-    def images(epoch, rows, **options):
-        return make_batches(picture_folder, **options).batch((epoch, np.array(rows)))["images"]
+def test_every_item_is_augmented_by_itself(picture_folder):
+    def images(seed):  # the same image, two items
+        return make_batches(picture_folder, seed=seed).batch((0, np.array([1, 6])))["images"]
 
-    before = torch.get_rng_state()
-    several = images(0, [1, 6, 2])
+    before, (first, second) = torch.get_rng_state(), images(3)
     assert torch.equal(before, torch.get_rng_state())  # the model's own draws are left alone
-    assert torch.equal(several[2], images(0, [2])[0])
-    assert not torch.equal(several[0], several[1])  # the same image, two items
-    assert not torch.equal(several[2], images(1, [2])[0])
-    assert not torch.equal(several[2], images(0, [2], seed=4)[0])
-    assert torch.equal(images(0, [2], augment=False), images(1, [2], augment=False))
+    assert not torch.equal(first, second) and not torch.equal(first, images(4)[0])
 
 
 def test_shared_images(picture_folder):
@@ -555,7 +486,6 @@ def test_ranking_pairs(tmp_path):
     rows, hard = dataset.examples.image_rows, {}
     for epoch in range(30):
         indices = np.random.default_rng(epoch).permutation(12)[:4]
-        assert equal(dataset.batch((epoch, indices)), dataset.batch((epoch, indices)))
         for index, item in zip(indices, pairs_of(dataset, epoch, indices)):
             match, other_caption, other_image, similar = item
             assert match == (rows[index], index)
@@ -611,12 +541,10 @@ def test_targets():
     assert lists(data.class_targets(examples, {"a": 0, "b": 1, "yes": 2}), [2, 1, 0]) == {
         "targets": [[0, 0, 0], [1, 1, 0], [0, 0, 1]]}
 
-    labels = ("neutral", "-", "entailment")
-    statements = [data.Record("1", "n1", "", label=label) for label in labels]
+    statements = [data.Record("1", "n1", "", label=label) for label in ("neutral", "entailment")]
     examples = data.Examples("here", statements, recipe(), Words())
     class_of = {"contradiction": 0, "neutral": 1, "entailment": 2}
-    assert lists(data.class_targets(examples, class_of), [0, 1]) == {"targets": [[0, 1, 0], [0, 0, 0]]}
-    assert lists(data.label_targets(examples, class_of), [2, 0]) == {"labels": [2, 1]}
+    assert lists(data.label_targets(examples, class_of), [1, 0]) == {"labels": [2, 1]}
 
     generators = [data.item_generator(0, 0, i) for i in (3, 5, 1)]
     found = lists(data.contrast_targets(make_examples(6)), [3, 5, 1], generators)
@@ -626,9 +554,8 @@ def test_targets():
 
 # ---- Loading ahead
 
-@pytest.mark.parametrize("share_images", [False, True])
-def test_batches_do_not_depend_on_workers(share_images, picture_folder):
-    dataset = make_batches(picture_folder, share_images)
+def test_batches_do_not_depend_on_workers(picture_folder):
+    dataset = make_batches(picture_folder, share_images=True)
     batches = ([0, 5, 3], [10, 2, 1], [4, 6, 7])
     items = [(epoch, np.array(rows)) for epoch in (0, 1) for rows in batches]
     alone = list(data.load_batches(dataset.batch, iter(items), 0, CPU))
@@ -647,10 +574,7 @@ class Failing:
 
     def batch(self, i):
         if i == 5 and os.getpid() != self.main:
-            if self.what == "signals":
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGINT)
-            elif self.what == "killed":
+            if self.what == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif self.what == "error":
                 raise InputError("features of image 7 are not finite")
@@ -669,22 +593,14 @@ def children():
 @pytest.mark.parametrize("what, message", [
     ("killed", "a loader process died.* --shm-size.* --workers 0; --resume"),
     ("error", "features of image 7 are not finite"),
-    ("signals", None),  # are for the main process
 ])
 def test_what_happens_to_workers(what, message):
     seen = []
-
-    def load():
+    with pytest.raises(InputError, match=message):
         for batch in data.load_batches(Failing(what).batch, iter(range(12)), 3, CPU):
             assert torch.equal(batch["x"], torch.full((1000, 100), len(seen)))
             seen.append(batch["ids"])
-
-    if message:
-        with pytest.raises(InputError, match=message):
-            load()
-    else:
-        load()
-    assert seen == [[str(i)] for i in range(5 if message else 12)] and children() == 0
+    assert seen == [[str(i)] for i in range(5)] and children() == 0
 
 
 def test_stopping_early_leaves_no_process():
@@ -724,30 +640,14 @@ def test_real_files(iglue):
     labels = data.read_labels(str(iglue))
     assert len(labels) == 1842 and (labels.index("yes"), labels.index("no")) == (1773, 441)
 
-    def records(*which):
-        return data.read_records(str(iglue), *which)[1]
-
     def count(*which):
-        found = records(*which)
+        found = data.read_records(str(iglue), *which)[1]
         return len(found), len({record.image for record in found})
 
     assert count("xgqa", "train") == (1970, 62) and count("xgqa", "valid") == (238, 10)
     for language in data.LANGUAGES["xgqa"]:
-        assert count("xgqa", "test", language) == (744, 23)
-        assert count("xgqa", "dev", language) == (277, 10)
         assert [count("xgqa", "few-shot", language, k) for k in (1, 5)] == [(27, 1), (155, 5)]
-        for record in records("xgqa", "few-shot", language, 5):
-            assert record.answers.keys() <= set(labels)
     for language in data.LANGUAGES["xvnli"]:
-        gold = [record.label for record in records("xvnli", "test", language)]
-        assert [gold.count(label) for label in ("entailment", "neutral", "contradiction", "-")] == [
-            394, 381, 375, 14]
         assert count("xvnli", "few-shot", language, 48) == (168, 48)
-    assert count("xflickrco", "valid") == (5070, 1014)
-    empty = {"de": ["COCO_val2014_000000122239"], "id": ["6312211170"]}
-    for language in data.LANGUAGES["xflickrco"]:
-        assert count("xflickrco", "test", language) == (2000, 2000)
-        found = [record.image for record in records("xflickrco", "test", language) if not record.text]
-        assert found == empty.get(language, [])
-        if language != "en":
-            assert count("xflickrco", "few-shot", language, 100) == (100, 100)
+    for language in data.LANGUAGES["xflickrco"][1:]:
+        assert count("xflickrco", "few-shot", language, 100) == (100, 100)
