@@ -301,8 +301,13 @@ def annotation_file(data, task, split, language="en", shots=None):
         path = os.path.join(data, name)
         if os.path.isfile(path):
             return path
-    raise InputError(f"{data}: no {names}; `python -m tools.check {data}` lists what is missing "
-                     "and where to get it")
+    raise lacks(data, names)
+
+
+def lacks(data, names):
+    """-> InputError for files that a data folder lacks."""
+    return InputError(f"{data}: no {names}; `python -m tools.check {data}` lists what is missing "
+                      "and where to get it")
 
 
 def read_records(data, task, split, language="en", shots=None):
@@ -314,7 +319,10 @@ def read_records(data, task, split, language="en", shots=None):
 
 def read_labels(data):
     """GQA's 1,842 answers in the order of their label ids, which is not the order of the file."""
-    path = os.path.join(data, "gqa/annotations/trainval_ans2label.json")
+    name = "gqa/annotations/trainval_ans2label.json"
+    path = os.path.join(data, name)
+    if not os.path.isfile(path):
+        raise lacks(data, name)
     with reading(path):
         label_of = read_json(path)
         if sorted(label_of.values()) != list(range(len(label_of))):

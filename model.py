@@ -206,8 +206,7 @@ def read_checkpoint(path):
             raise ValueError(f"{path}: entry {name!r} is not a tensor, or there twice")
         tensors[plain] = tensor
     if not tensors:
-        raise ValueError(f"{path}: holds no tensors by name, such as torch.save(model.state_dict(), "
-                         "…) writes")
+        raise ValueError(f"{path}: holds no tensors by name, such as those of a state_dict")
     return tensors, config
 
 

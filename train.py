@@ -569,7 +569,7 @@ def free_name(folder):
 def check_new(args):
     """InputError, before anything is loaded, where a run would overwrite another one."""
     free = free_name(args.run)
-    if free != args.run and not args.resume:
+    if free != args.run and not (args.resume or args.dry_run):
         raise InputError(f"{args.run}: a run is already here; --resume goes on with it, --run-dir "
                          f"{shlex.quote(free)} starts another")
 

@@ -124,6 +124,7 @@ BAD = {  # name -> (file, its content or None, part of the message)
     "no sentences": (LINES, [{"img_path": "1.jpg"}], "b.jsonl, line 1: no field 'sentences'"),
     "number": (TRAIN, 7, "train.json: TypeError"),
     "no data": (TRAIN, None, "train_balanced_questions.json; `python -m tools.check "),
+    "no labels": (LABELS, None, "2label.json; `python -m tools.check "),
     "labels": (LABELS, {"yes": 0, "no": 2}, "ans2label.json: expected label ids 0, 1, 2"),
     "no pickle": (HARD, b"404", "negative.pkl: "),
     "no pools": (HARD, pickle.dumps({"train_image_list": []}), "no field 'train_hard_pool'"),
