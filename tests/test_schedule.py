@@ -1,5 +1,5 @@
 """schedule.py: its functions by hand, its effect on real optimizers and adapters, what goes wrong when
-it is held wrong, DDP, torch.compile, the preview against torch's FLOP counter, docs/schedule.md."""
+it is held wrong, DDP, the preview against torch's FLOP counter, docs/schedule.md."""
 
 import re
 import shutil
@@ -25,17 +25,15 @@ PAGE = (ROOT / "docs" / "schedule.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```(python|bash)\n([^`]*)```\s*```text\n([^`]*)```", PAGE)
 OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1),
-    "fused": lambda model: torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1, fused=True),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)}
 
 
 class Classifier(nn.Module):
     """Embedding, Transformer layers, head: what a schedule meets, as small as possible."""
 
-    def __init__(self, width=16, num_layers=N, pre_norm=False):
+    def __init__(self, width=16, num_layers=N):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True,
-                                           norm_first=pre_norm)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True)
         self.embedding, self.head = nn.Embedding(30, width), nn.Linear(width, 3)
         self.layers = nn.ModuleList(deepcopy(layer) for _ in range(num_layers))
         self.outside = [self.embedding, self.head]
@@ -99,23 +97,16 @@ def test_rate_shares_by_hand():
     assert rate_shares([{1}, {1}, {0, 1}, {0, 1}], [0.5, 1.0, 0.5, 0.0], 3) == [0.25, 1.0, 0.0]
     assert rate_shares([{1}], [0.0], 2) == [0.0, 0.0]  # one step, in the warm-up
     assert rate_shares([set(), {0}], [0.75, 0.25], 1) == [0.25]  # nothing at first
-    factors = [min(step / 100, (1000 - step) / 900) for step in range(1000)]
-    shares = rate_shares([suf(step // 200, 6, k=1) for step in range(1000)], factors, 6)
-    assert shares == pytest.approx([0, 2 / 45, 8 / 45, 18 / 45, 32 / 45, 1], abs=0.001)
-    assert shares[5] == 1.0  # exactly: the control's top layer trains as always
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: suf(0, 12, k=0), "k at least 1, got 0 and 0"),
     (lambda: suf(-1, 12), "epoch must be at least 0"),
     (lambda: suf(0, 3, order=[0, 1, 1]), "order must name each of the 3 layers once, got [0, 1, 1]"),
-    (lambda: train_top(12, 13), "between 0 and the 12 layers, got 13"),
     (lambda: layer_decay(1e-4, 0.0, 12), "decay must be in (0, 1], got 0.0"),
     (lambda: rate_shares([{0}], [1.0, 0.5], 1), "longer"),
     (lambda: apply([nn.Linear(2, 2)], {0, 10}), "within the layers 0..0, got [0, 10]"),
     (lambda: apply([nn.Linear(2, 2).parameters()], {0}), "not a generator"),
     (lambda: check_partition(nn.Linear(2, 2), ["layers.0"], []), "not a str"),
-    (lambda: check_partition(nn.Linear(2, 2), [[]], []), "layers[0] has no parameters"),
 ])
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -178,7 +169,7 @@ def test_late_layers_start_with_fresh_adam_state():
 
 
 def test_resume_equals_not_stopping(tmp_path):
-    """Stopped amid the second phase, loaded into new objects: weights and Adam's state are equal."""
+    """Stopped amid the second phase, loaded into new objects: the weights are equal."""
     def run(model, optimizer, steps):
         for step in steps:
             apply(model.layers, suf(step // 4, N, k=2))
@@ -194,9 +185,6 @@ def test_resume_equals_not_stopping(tmp_path):
         part.load_state_dict(state)
     run(*resumed, range(6, 16))
     assert moved(snapshot(straight[0]), resumed[0]) == set()
-    for p, expected in zip(resumed[0].parameters(), straight[0].parameters()):
-        for key, value in straight[1].state[expected].items():
-            assert torch.equal(resumed[1].state[p][key], value), key
 
 
 def test_frozen_is_not_eval_mode():
@@ -260,11 +248,10 @@ def test_adapters_thaw_and_their_base_stays(dtype, listed, everything):
 
 
 def test_frozen_base_within_a_layer_is_named():
-    """`apply` would thaw it; the advice is not to train it, whatever the optimizer holds."""
+    """`apply` would thaw it; the advice is not to train it."""
     model, layers = lora_model(torch.float)
-    for optimizer in (None, torch.optim.AdamW(adapters_of([model])[0]), OPTIMIZERS["adamw"](model)):
-        with pytest.raises(ValueError, match=r"layers\.0\.base is frozen .* list only \[p for p in layer"):
-            check_partition(model, layers, model["head"], optimizer)
+    with pytest.raises(ValueError, match=r"layers\.0\.base is frozen .* list only \[p for p in layer"):
+        check_partition(model, layers, model["head"], OPTIMIZERS["adamw"](model))
     apply(adapters_of(layers), {2})  # listed too late, the lower layers seem to have no adapters
     with pytest.raises(ValueError, match=r"layers\[0\] has no parameters"):
         check_partition(model, adapters_of(layers), model["head"])
@@ -276,7 +263,6 @@ def test_parameter_in_no_list_or_in_two_is_named():
     model, other = new_classifier(), new_classifier()
     for layers, outside, message in [
             (model.layers, [model.embedding], "head.weight is in no list"),
-            (model.layers[1:], model.outside, "layers.0.self_attn.in_proj_weight is in no list"),
             (other.layers, other.outside, "embedding.weight is in no list"),
             ([*model.layers, model.head], model.outside, "head.weight is in outside and layers[6]"),
             ([*model.layers, model.layers[2].norm1], model.outside,
@@ -300,7 +286,10 @@ def test_parameter_missing_from_the_optimizer_is_named():
     check_partition(model, model.layers, model.outside, kept)
 
 
-# ---- DDP and torch.compile
+# ---- DDP
+
+WRAPS = ("anew", "find_unused_parameters")
+
 
 def train_phases(rank, ranks, wrap):
     """Two steps a phase on this rank's share of each batch -> gradients of each step."""
@@ -309,9 +298,8 @@ def train_phases(rank, ranks, wrap):
     if wrap == "find_unused_parameters":  # once, with everything trainable
         replica = DistributedDataParallel(model, find_unused_parameters=True)
     phases = [suf(0, N, 2), suf(1, N, 2), suf(2, N, 2), {0, 5}]  # the last one freezes again
-    for step in range(8 if wrap != "once" else 3):  # 3: one step after the first thaw
-        changed = apply(model.layers, phases[step // 2])
-        if wrap == "anew" and changed or wrap == "once" and step == 0:
+    for step in range(8):
+        if apply(model.layers, phases[step // 2]) and wrap == "anew":
             replica = DistributedDataParallel(model)
         history.append(backward(replica, step, rank, ranks))
         optimizer.step()
@@ -320,8 +308,7 @@ def train_phases(rank, ranks, wrap):
 
 def distributed_worker(rank, folder):
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    wraps = ("anew", "find_unused_parameters", "once")
-    torch.save({wrap: train_phases(rank, 2, wrap) for wrap in wraps}, f"{folder}/rank{rank}.pt")
+    torch.save({wrap: train_phases(rank, 2, wrap) for wrap in WRAPS}, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -332,7 +319,7 @@ def two_ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("wrap", ["anew", "find_unused_parameters"])
+@pytest.mark.parametrize("wrap", WRAPS)
 def test_ddp_equals_one_process(two_ranks, wrap):
     """Wrapped anew whenever `apply` returns True, or once with everything trainable."""
     histories = zip(*(results[wrap] for results in two_ranks), train_phases(0, 1, None), strict=True)
@@ -341,34 +328,11 @@ def test_ddp_equals_one_process(two_ranks, wrap):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_ddp_wrapped_once_silently_diverges(two_ranks):
-    """DDP reduces only what needed a gradient when it was made, without any error."""
-    mine, other = (results["once"][2] for results in two_ranks)
-    assert torch.equal(mine["layers.5.linear1.weight"], other["layers.5.linear1.weight"])
-    assert not torch.equal(mine["layers.3.linear1.weight"], other["layers.3.linear1.weight"])
-
-
-def test_compile_across_phases_equals_eager():
-    """Reset at each phase; the second one thaws a layer and freezes another."""
-    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 8), nn.Linear(8, 2))
-    for trainable in ({1}, {0}):
-        assert apply(model[:2], trainable)
-        torch.compiler.reset()
-        found = []
-        for forward in (model, torch.compile(model, backend="aot_eager")):  # needs no C++ compiler
-            model.zero_grad()
-            forward(torch.ones(4, 8)).square().sum().backward()
-            found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-        assert {int(name[0]) for name in found[0]} == {2, *trainable}
-        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
-    torch.compiler.reset()
-
-
 # ---- What a schedule costs
 
-def measured_flops(trainable, embedding_trains=True, tokens=20, pre_norm=False):
+def measured_flops(trainable, embedding_trains=True, tokens=20):
     """(all, backward) FLOPs of one batch, counted by torch, attention included."""
-    model = new_classifier(width=64, num_layers=12, pre_norm=pre_norm)
+    model = new_classifier(width=64, num_layers=12)
     model.embedding.requires_grad_(embedding_trains)
     apply(model.layers, trainable)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -378,12 +342,11 @@ def measured_flops(trainable, embedding_trains=True, tokens=20, pre_norm=False):
     return counter.get_total_flops(), counter.get_total_flops() - forward
 
 
-@pytest.mark.parametrize("pre_norm", [False, True], ids=["post-LN", "pre-LN"])
 @pytest.mark.parametrize("embedding", [True, False], ids=["embeddings", "frozen embeddings"])
-def test_backward_share_is_within_3_points_of_torchs_flop_counter(pre_norm, embedding):
-    _, everything = measured_flops(train_top(12, 12), pre_norm=pre_norm)
+def test_backward_share_is_within_3_points_of_torchs_flop_counter(embedding):
+    _, everything = measured_flops(train_top(12, 12))
     for trainable in [train_top(12, 0), train_top(12, 3), train_top(12, 12), {0, 1, 2}, {1, 4, 10}]:
-        _, counted = measured_flops(trainable, embedding, pre_norm=pre_norm)
+        _, counted = measured_flops(trainable, embedding)
         assert abs(backward_share(trainable, [1] * 12, embedding) - counted / everything) < 0.03
 
 
@@ -408,18 +371,15 @@ def cli(words):
 
 def test_cli_previews_any_strategy():
     printed = cli("5 --suf 3").stdout
-    assert [row[0] for row in rows_of(printed)] == ["." * (18 - n) + "#" * n for n in (3, 6, 9, 12, 15)]
-    assert rows_of(printed)[4][1:] == ["15", "83.3%", "91.7%", "83.3%"]
+    assert rows_of(printed)[4] == ["...###############", "15", "83.3%", "91.7%", "83.3%"]
     assert printed.endswith("warning: layers that never train in these 5 epochs: 1, 2, 3\n")
     frozen = cli("5 --suf 3 --frozen-embeddings").stdout
     assert [row[3] for row in rows_of(frozen)] == ["16.7%", "33.3%", "50.0%", "66.7%", "83.3%"]
-    assert "embeddings train" in printed and "embeddings train" not in frozen
     assert rows_of(cli("2 --train-top 6").stdout)[1] == ["." * 12 + "######", "6", "33.3%", "66.7%", "33.3%"]
     assert rows_of(cli("1 --lr-decay 0.75").stdout)[0][0] == "00000000011123457#"
     for words, message in {
             "5 --suf 0": "k at least 1", "5 --train-top 19": "between 0 and the 18 layers, got 19",
-            "5 --suf 3 --train-top 6": "not allowed with", "0": "must be at least 1",
-            "5 --suf many": "invalid int value: 'many'"}.items():
+            "5 --suf 3 --train-top 6": "not allowed with", "0": "must be at least 1"}.items():
         result = cli(words)
         assert result.returncode == 2 and result.stdout == ""
         assert re.fullmatch(r"error: .*\n", result.stderr) and message in result.stderr

@@ -363,7 +363,7 @@ def without_dropout(tiny, folder, model, task):
     return ["--checkpoint", folder / "no-dropout.pt"]
 
 
-def test_compile_across_phases(tiny, tmp_path, monkeypatch):
+def test_compile_across_phases_equals_eager(tiny, tmp_path, monkeypatch):
     """--compile gives the weights of the run without, over two phases of the schedule.
 
     Traced as always, but not turned into machine code, which takes a minute.
