@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Bomb
+from torch.nn import functional as F
 
 import cclm
 import uc2
 from cclm import EOS, AnswerTrie, best_answers, draw
-from model import Attention, TransformerLayer, file_tensors, read_checkpoint
+from model import file_tensors, read_checkpoint
 from tools import uc2_original
 from vit import Block, relative_position_index
 
@@ -114,13 +115,8 @@ def test_official_uc2(task, official_uc2):
     assert model.variant == "volta" and model.sizes.heads == 12 and model.longest_text == 512
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = {"xgqa": 281_637_426, "xvnli": 279_631_107, "xflickrco": 279_629_569}[task]
-    assert sum(counts.values()) == total
     embeddings = [count for name, count in counts.items() if model.group_of(name) == "embeddings"]
-    assert sum(embeddings) == 193_983_744
-    # what the paper's schedule trains in the first epoch
-    outside = [count for name, count in counts.items() if model.group_of(name)]
-    top = [p.numel() for layer in model.layers[-3:] for p in layer.parameters()]
-    assert task != "xgqa" or sum(outside + top) == 217_846_578
+    assert (sum(counts.values()), sum(embeddings)) == (total, 193_983_744)
 
 
 def test_original_uc2_at_full_size():
@@ -163,9 +159,6 @@ CHANGES = {  # what is done to a file: a tensor's new value, None to drop it; an
                     "tensor 'bert.embeddings.v_LayerNorm.bias' is missing"),
     "uc2 alias": ({"bert.encoder.layer.2.attention_self.v_key.weight": None},
                   "tensor 'bert.encoder.layer.2.attention_self.v_key.weight' is missing"),
-    "uc2 unknown": ({"bert.extra": torch.zeros(1)}, "unknown tensor 'bert.extra'"),
-    "uc2 shape": ({"bert.t_pooler.dense.bias": torch.zeros(15)},
-                  "tensor 'bert.t_pooler.dense.bias' has shape [15], expected [16]"),
     "uc2 other": ({"bert.embeddings.word_embeddings.weight": None},
                   "not a checkpoint of UC2 (IGLUE's;"),
 }
@@ -212,9 +205,6 @@ def test_cclm_starts_from_the_pretrained_file():
     model = small("cclm")
     tensors, config = file_tensors(model), model.config()
     xgqa = cclm.from_pretrained(tensors, config, "xgqa", "file", image_size=40)
-    for cross, decoder in zip(model.cross_layers, xgqa.decoder.layers):
-        for ours, theirs in zip(cross.parameters(), decoder.parameters()):
-            assert torch.equal(ours, theirs)
     # index buffers may be there or not
     without = {name: tensor for name, tensor in tensors.items() if name not in model.constants()}
     assert len(without) == len(tensors) - 3
@@ -237,7 +227,6 @@ WRAPPED = {  # how -> what is saved for the tensors t
     "flat": lambda t: t,
     "DDP": prefixed("module."),
     "compiled DDP": prefixed("module._orig_mod."),
-    "DDP of compiled": prefixed("_orig_mod.module."),
     "Lightning": lambda t: {"state_dict": prefixed("model.")(t), "hyper_parameters": ARGUMENTS,
                             "epoch": 3, "optimizer_states": [{}]},
     "compiled layers": lambda t: {name.replace("layer.0.", "layer.0._orig_mod."): tensor
@@ -245,7 +234,6 @@ WRAPPED = {  # how -> what is saved for the tensors t
     "checkpointed layers": lambda t: {
         name.replace("layer.1.", "layer.1._checkpoint_wrapped_module."): tensor
         for name, tensor in t.items()},
-    "optimizer": lambda t: {"model_state_dict": t, "optimizer_state_dict": {"state": {}}},
     "config": lambda t: {"model": t, "args": ARGUMENTS, "scaler": None, "config": {"heads": 3}},
     "DeepSpeed": lambda t: {"module": prefixed("module.")(t), "global_steps": 7},
     "nested": lambda t: {"model": {"state_dict": t}, "epoch": 1},
@@ -382,14 +370,11 @@ def test_the_references_ranking_counts_the_first_token_twice():
     # 0.5 * 0.25 < 0.2, but 0.5 * 0.5 * 0.25 > 0.2 * 0.2
     model.set_answers([[4, 6], [5]])
     batch = small_batch("cclm")
-    inputs = model.encode_texts(batch["input_ids"], batch["attention_mask"]), batch[
-        "attention_mask"], model.memory(batch)
+    mask = batch["attention_mask"]
+    inputs = model.encode_texts(batch["input_ids"], mask), mask, model.memory(batch)
     assert model.predict(*inputs).tolist() == [1, 1, 1]
     model.answers = "reference"
     assert model.predict(*inputs).tolist() == [0, 0, 0]
-    _, probabilities = cclm.rank_answers(
-        model.decoder, model.fuse(*inputs), inputs[1], model.answer_ids, k=128)
-    assert torch.allclose(probabilities[0], torch.tensor([0.0625, 0.04]) / 0.1025)
 
 
 def test_an_answer_of_no_weight_teaches_nothing():
@@ -454,47 +439,35 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("kind, task", TARGETS)
-def test_every_place_of_dropout(kind, task):
-    model, batch = small(kind, task, drop_path=0.0), small_batch(kind) | TARGETS[kind, task]
-    calls, places, attentions = {}, [], []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout):
-            assert module.p == 0.1
-            places.append(name)
-            module.register_forward_hook(
-                lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
-        if isinstance(module, Attention):
-            assert module.dropout == 0.1
-            attentions.append(module)
-    model(batch)
-    # per layer: after each attention and after the feed-forward; the embeddings; UC2's head
-    expected = dict.fromkeys(places, 1)
-    for name, module in model.named_modules():
-        if isinstance(module, TransformerLayer):
-            expected[f"{name}.dropout"] = 3 if hasattr(module, "cross_attention") else 2
-    assert calls == expected
-    layers = [name for name in places if "layers." in name]
-    embeddings = [name for name in places if name.endswith("embeddings.dropout")]
-    assert len(layers) == {"xgqa": 7}.get(task, 5) if kind == "cclm" else 3
-    assert len(embeddings) == (2 if kind == "uc2" or task == "xgqa" else 1)
-    assert ("dropout" in places) == (kind == "uc2")
+DRAWS = {  # dropouts of states and of attention weights in a pass of the small models
+    "cclm xgqa": (20, 11), "cclm xvnli": (13, 7), "cclm xflickrco": (13, 7),
+    "uc2 xgqa": (9, 3), "uc2 xvnli": (9, 3), "uc2 xflickrco": (9, 3)}
 
-    # of the attention weights: each attention draws by itself, and nothing draws in evaluation
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for module in attentions:
-        module.dropout = 0.0
-    assert model(batch) == model(batch)
-    for module in attentions:
-        module.dropout = 0.5
-        # an attention of <s> alone over few tokens may draw the same mask twice, but not ten times
-        assert len({model(batch).item() for _ in range(10)}) > 1
-        model.eval()
-        assert model(batch) == model(batch)
-        model.train()
-        module.dropout = 0.0
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_every_place_of_dropout(name, monkeypatch):
+    """Per layer: after each attention and after the feed-forward, and of each attention's weights;
+    once in each of the embeddings and before UC2's head. In evaluation nothing draws."""
+    kind, task = name.split()
+    model, batch = small(kind, task, drop_path=0.0), small_batch(kind) | TARGETS[kind, task]
+    states, attentions = [], []
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+
+    def noted_dropout(hidden, p=0.5, training=True, *rest):
+        states.append(p * training)
+        return dropout(hidden, p, training, *rest)
+
+    def noted_attention(query, key, value, mask=None, dropout_p=0.0):
+        attentions.append(dropout_p)
+        return attention(query, key, value, mask, dropout_p)
+
+    monkeypatch.setattr(F, "dropout", noted_dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted_attention)
+    model(batch)
+    assert (states.count(0.1), attentions.count(0.1)) == DRAWS[name]
+    states.clear(), attentions.clear()
+    model.eval()(batch)
+    assert not any(states) and not any(attentions)
 
 
 def test_stochastic_depth():
