@@ -120,9 +120,6 @@ def test_table_has_a_dash_where_a_language_has_no_item():
         "fr                     0.0          -        -\n"
         "ru                     0.0          -        -\n"
         "mean of 2 others       0.0          -        -")
-    results = {"en": {"accuracy": 90.0}, "de": {"accuracy": 10.0}, "ko": {"accuracy": 30.0}}
-    assert evaluation.table("xgqa", results).split() == [
-        "accuracy", "en", "90.0", "de", "10.0", "ko", "30.0", "mean", "of", "2", "others", "20.0"]
 
 
 # ---- What is evaluated
@@ -234,13 +231,9 @@ def test_languages_split_epoch_answers_and_out(copy, tiny, tmp_path):
 
 def test_how_answers_are_chosen_is_a_runs_own(copy):
     folder = copy("cclm-xgqa")
-    content = read_json(folder / "args.json")
     for answers in ("exact", "reference"):
         change(folder / "args.json", answers=answers)
         assert evaluation.load_run(folder, CPU)[0].answers == answers
-    del content["args"]["answers"]  # a run of before there was a choice
-    (folder / "args.json").write_text(json.dumps(content))
-    assert evaluation.load_run(folder, CPU)[0].answers == "exact"
 
 
 def test_data_that_moved(copy, tiny, tmp_path, capsys):
