@@ -39,7 +39,7 @@ RECALLS = (1, 5, 10)
 ID_FIELD = {"xgqa": "questionId", "xvnli": "id"}  # of a prediction
 # What goes through the model at once, by kind of device. Of tokens, padding counts as well.
 IMAGES_AT_ONCE = {"cpu": 16, "cuda": 64}
-TOKENS_AT_ONCE = {"cpu": 1536, "cuda": 4096}
+TOKENS_AT_ONCE = {"cpu": 1536, "cuda": 16384}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,8 +267,8 @@ def classify(model, evaluation, device, workers):
 
 
 def texts_with_images(model, evaluation, device, workers=0):
-    """All texts of this process's share of the images, in batches: ([(language, example)],
-    (text states [B,T,D], attention mask [B,T], memory of their images)).
+    """All texts of this process's share of the images, in batches about one image each:
+    ([(language, example)], (text states [B,T,D], attention mask [B,T], memory of the image)).
     """
     # image row -> [((language, example), its tokens)]
     texts_of = defaultdict(list)
@@ -277,17 +277,15 @@ def texts_with_images(model, evaluation, device, workers=0):
         for i, row in enumerate(rows):
             texts_of[row].append(((language, i), tokens[i]))
     for rows, pictures in picture_batches(evaluation.pictures, sorted(texts_of), workers, device):
-        memory = model.memory(pictures)  # once for all texts in all languages
-        # all texts of these images, each with its image's place among them
-        texts = []
-        for position, row in enumerate(rows):
-            texts += [(position, *text) for text in texts_of[row]]
-        # texts of similar length share a batch, whatever image they are about
-        lengths = [len(tokens) for _, _, tokens in texts]
-        for batch in token_batches(lengths, device):
-            positions, keys, tokens = zip(*[texts[i] for i in batch])
-            index = torch.tensor(positions, device=device)
-            yield keys, (*encode(model, tokens, device), select(memory, index))
+        memories = model.memory(pictures)
+        for i, row in enumerate(rows):
+            # once for all texts in all languages, and not copied for each
+            memory = select(memories, slice(i, i + 1))
+            texts = texts_of[row]
+            lengths = [len(tokens) for _, tokens in texts]
+            for batch in token_batches(lengths, device):
+                keys, tokens = zip(*[texts[j] for j in batch])
+                yield keys, (*encode(model, tokens, device), memory)
 
 
 def percent(values):
