@@ -5,13 +5,10 @@ sentence of the files is parsed and judged on them by code of this file alone.
 """
 
 import collections
-import contextlib
 import itertools
 import multiprocessing
 import os
 import random
-import shutil
-import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -99,12 +96,6 @@ def test_the_shipped_tokenizer_knows_every_text_and_is_rebuilt_bit_for_bit(meani
         texts = random.Random(0).sample(list(forms), 999)
         for variant in (texts, [data.clean_caption(text, None) for text in texts]):  # UC2, CCLM
             assert data.UNK not in np.concatenate(tokenizer(variant))
-    form = Form("attribute", (NounPhrase("large", None, "cross"),), "colour", ("yellow",), True)
-    read = {  # 大 is not the same word in Chinese and Japanese
-        "ru": "bolshoy krest zhyoltyy ?", "zh": "da shi zi xing shi huang se de ma ?",
-        "ko": "keun sipjaneun noransaekipnikka ?", "ja": "ookii juuji wa kiiroi desu ka ?"}
-    for language, text in read.items():
-        assert tokenizer.model.normalize(say(form, language)).replace("▁", " ").strip() == text
     pretrain.train_tokenizer(tmp_path / "tokenizer.model")
     built = (tmp_path / "tokenizer.model").read_bytes()
     assert built == (SHIPPED / "tokenizer.model").read_bytes()
@@ -226,41 +217,9 @@ def test_the_readers_of_iglue_read_every_file_and_languages_are_parallel(task, f
     train = {one.image for one in records_of(folder, task, "train")}
     apart = [train, images["dev"], images["test"], most]
     assert sum(map(len, apart)) == len(set().union(*apart))
-    keys = sorted(images["test"])
-    regions = data.Regions(data.feature_folder(str(folder), task, "test"), keys).batch(np.arange(5))
-    pictures = data.Images(str(folder), task, keys, 32).batch(np.arange(5))
-    assert regions["features"].shape == (5, 4, 64) and pictures["images"].shape == (5, 3, 32, 32)
     if task == "xflickrco":
         similar = data.read_hard_negatives(str(folder), sorted(train))
         assert len(similar) == 3000 and {len(others) for others in similar.values()} == {20}
-
-
-def most_frequent(records, key):
-    known = collections.defaultdict(collections.Counter)
-    for one in records:
-        known[one.text][key(one)] += 1
-    return {text: counts.most_common(1)[0][0] for text, counts in known.items()}
-
-
-def test_a_model_without_eyes_is_at_chance(folder):
-    """The best answer to the same text in training, else "no" or the last option, is right in
-    about half the cases; the best label of the same statement in a third.
-    """
-    values, right = set(itertools.chain(*ATTRIBUTES.values())), collections.defaultdict(list)
-    known = most_frequent(records_of(folder, "xgqa", "train"), lambda one: next(iter(one.answers)))
-    for one in records_of(folder, "xgqa", "test"):
-        guess = "no"
-        if one.type == "choose":
-            guess = [word for word in one.text.rstrip("?").split() if word in values][-1]
-        right[one.type].append(known.get(one.text, guess) in one.answers)
-    assert abs(np.mean(right["verify"] + right["logical"]) - 0.5) < 0.07
-    assert abs(np.mean(right["choose"]) - 0.5) < 0.09
-    assert np.mean(right["query"]) < 0.45  # (1/5 + 1/4 + 1/2 + 1/2) / 4 = 0.36
-    assert len(right["query"]) > len(right["verify"]) > len(right["logical"]) > 80
-    known = most_frequent(records_of(folder, "xvnli", "train"), lambda one: one.label)
-    test = [one for one in records_of(folder, "xvnli", "test") if one.text in known]
-    share = np.mean([known[one.text] == one.label for one in test])
-    assert len(test) > 500 and abs(share - 1 / 3) < 0.08
 
 
 # ---- A world on disk -----------------------------------------------------------------------------
@@ -295,52 +254,32 @@ def test_other_folders_are_left_alone(few, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
 
 
-def in_new_processes(number, job, *arguments):
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=job, args=arguments) for _ in range(number)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * number
-
-
 @pytest.mark.parametrize("before", ["nothing", "another version"])
 def test_several_first_starts_at_once(before, few, tmp_path):
     path = tmp_path / "world"
     if before == "another version":
         path.mkdir()
         (path / "made_by.txt").touch()
-    in_new_processes(4, world.write_world, path)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=world.write_world, args=[path]) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
     assert [one.name for one in tmp_path.iterdir()] == ["world"]
     world.write_world(tmp_path / "alone")
     assert contents(path) == contents(tmp_path / "alone")
 
 
-def prepare_in(checkout, home, told):
-    """As another user, because root may write everywhere. What it prints and returns -> file."""
-    if os.getuid() == 0:
-        os.setuid(65534)
-    os.environ["HOME"], world.ROOT = str(home), str(checkout)
-    world.WORLD, world.SHIPPED = f"{checkout}/mini_data", f"{checkout}/miniature"
-    with open(told, "w") as file, contextlib.redirect_stdout(file):
-        print(*world.prepare("uc2"))
-
-
-def test_a_read_only_checkout_finds_a_place_and_says_so(few):
-    with tempfile.TemporaryDirectory() as folder:
-        checkout, home = Path(folder, "checkout"), Path(folder, "home")
-        shutil.copytree(SHIPPED, checkout / "miniature")
-        home.mkdir()
-        for path, mode in ((Path(folder), 0o755), (checkout, 0o555), (home, 0o777)):
-            path.chmod(mode)
-        in_new_processes(1, prepare_in, checkout, home, home / "told")
-        said, _, result = (home / "told").read_text().splitlines()
-        place = f"{home}/.cache/suf-miniature"
-        assert said == (f"{checkout}/mini_data: cannot be written; the miniature's world is in "
-                        f"{place}")
-        assert result.split()[0] == place and data.is_miniature(place)
-        checkout.chmod(0o755)
+def test_a_read_only_checkout_finds_a_place_and_says_so(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(world, "WORLD", "checkout/mini_data")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    place = world.prepare("uc2")[0]
+    assert place == f"{tmp_path}/.cache/suf-miniature" and data.is_miniature(place)
+    said = f"checkout/mini_data: cannot be written; the miniature's world is in {place}\n"
+    assert capsys.readouterr().out.startswith(said)
 
 
 # ---- Pre-training --------------------------------------------------------------------------------
@@ -385,22 +324,13 @@ def test_losses_at_the_start_and_weights_after_six_steps(model, losses, size, li
 def test_building_twice_gives_the_same_bytes(little, tmp_path, capsys):
     pretrain.main(["--steps", "6", "--out", f"{tmp_path}/one"])
     pretrain.main(["--model", "uc2", "--steps", "6", "--out", f"{tmp_path}/two"])
-    printed = capsys.readouterr()
-    assert "\nnext: python train.py --model uc2" in printed.out and printed.err == ""
-    assert f"--checkpoint {tmp_path}/two/uc2.pt" in printed.out
+    assert f"--checkpoint {tmp_path}/two/uc2.pt" in capsys.readouterr().out
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert two.keys() == {"tokenizer.model", "uc2.pt"} and two.items() <= one.items()
-    for model in ("cclm", "uc2"):
-        built, config = read_checkpoint(str(tmp_path / "one" / f"{model}.pt"))
-        shipped, _ = read_checkpoint(str(SHIPPED / f"{model}.pt"))
-        assert built.keys() == shipped.keys() and config["pretraining"] == {"seed": 0, "steps": 6}
-        assert all(one.shape == shipped[name].shape for name, one in built.items())
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ([], "--out"), (["--out", "new", "--steps", "-1"], "negative"),
-    (["--out", "new", "--seed", "-1"], "negative"), (["--out", "file/new"], "written"),
-    (["--out", "new", "--model", "bert"], "invalid choice")])
+    ([], "--out"), (["--out", "new", "--steps", "-1"], "negative"), (["--out", "file/new"], "written")])
 def test_bad_flags_get_one_line(flags, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
