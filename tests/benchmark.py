@@ -50,8 +50,6 @@ CCLM = {"base": cclm.Sizes(768, 250002, 12, 6, 12, 12, 3072, 3072, 514, 1, 768, 
 UC2 = {"base": uc2.Sizes(768, 250002, 12, 12, 3072, 514, 2, 2048, 7),
        "mini": uc2.Sizes(64, 2002, 6, 4, 128, 130, 2, 64, 7)}
 MODELS = {"CCLM": (cclm.CCLM, CCLM), "UC2": (uc2.UC2, UC2)}
-# dense bf16 FLOP/s of the makers' data sheets; the first counts that is part of the card's name
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 
 
 def peak_of(function):
@@ -67,16 +65,19 @@ def peak_of(function):
 
 
 def ladder(args, title, rows):
-    """Time {name: (amount, function)}, a call of which does `amount` questions or pairs.
+    """Time {name: (amount, function)}, a call of which does `amount` questions or pairs; with --gpu
+    what is "ours" also in bf16.
 
     Prints medians, speed per question or pair beside the first row's, and peak memory.
     -> ({name: median seconds}, {name: output}). Repetitions are interleaved.
     """
+    if args.gpu:  # CPUs of no bf16 would take minutes
+        for name, (amount, function) in list(rows.items()):
+            if name.startswith("ours"):
+                rows[name + ", bf16"] = amount, functools.partial(function, bf16=True)
     seconds, peaks, outputs = {name: [] for name in rows}, {}, {}
     for _ in range(args.repeat):
         for name, (_, function) in rows.items():
-            if "bf16" in name and not args.gpu:
-                continue  # CPUs of no bf16 would take minutes
             began = CLOCK()
             outputs[name], peaks[name] = peak_of(function)
             if ON_GPU:
@@ -173,7 +174,7 @@ def released_losses(decoder, states, mask, answer_ids):
 @as_released()
 def released_answers(model, questions, k=128):
     """The first four questions of a set -> the index of the answer to each."""
-    input_ids, mask = padded([questions.examples[0][i] for i in range(4)])
+    input_ids, mask = padded(questions.examples[0].tokens[:4])
     memory = model.memory(questions.pictures.batch(questions.image_rows[0][:4]))
     states = model.fuse(model.encode_texts(input_ids, mask), mask, memory)
     # the candidates of likeliest first token …
@@ -241,50 +242,43 @@ def training(args):
     apart = [question_batch(args.size, each, each, seed) for seed in range(4)]
     shared = [question_batch(args.size, 4 * each, each)]
     run = functools.partial(step, model, optimizer)
-    rows = {"stand-in": (4 * each, lambda: run(apart, released=True)),
-            "ours": (4 * each, lambda: run(apart)),
-            "ours, --questions-per-image 4": (4 * each, lambda: run(shared)),
-            "ours, bf16": (4 * each, lambda: run(apart, True)),
-            "ours, --questions-per-image 4, bf16": (4 * each, lambda: run(shared, True))}
+    rows = {"stand-in": (4 * each, functools.partial(run, apart, released=True)),
+            "ours": (4 * each, functools.partial(run, apart)),
+            "ours, --questions-per-image 4": (4 * each, functools.partial(run, shared))}
     medians, _ = ladder(args, "A training step, CCLM", rows)
     with FlopCounterMode(display=False) as counter:
         model(apart[0])
     flops = 4 * 3 * counter.get_total_flops()  # a backward pass costs two forward passes
     if args.gpu:
         train.compile_layers(model)
-        row = {"ours, bf16, --compile": rows["ours, bf16"]}
+        row = {"--compile, bf16": rows["ours, bf16"]}
         medians |= ladder(args, "The same, compiled", row)[0]
     for name in [name for name in medians if "bf16" in name and "per-image" not in name]:
-        rate = flops / medians[name]
-        shares = [f"{rate / peak:.0%} of its peak" for card, peak in PEAKS.items() if card in NAME]
-        print(f"  {name}: {rate / 1e12:.4f} TFLOP/s on {NAME}", *shares[:1], flush=True)
-
-
-def train_on(size, steps, lr, bf16, **dropout):
-    """-> (losses, model) of a training on eight batches of 16 questions."""
-    model, optimizer = trainee(size, lr, **dropout)  # seeds what comes after it, too
-    batches = [question_batch(size, 16, 4, seed) for seed in range(8)]
-    losses = []
-    for i in range(steps):
-        factor = train.lr_factor(i, steps, RECIPE.warmup)
-        losses.append(step(model, optimizer, [batches[i % 8]], bf16, factor).item())
-    return losses, model
+        print(f"  {name}: {flops / medians[name] / 1e12:.4f} TFLOP/s", flush=True)
 
 
 def precision(args):
     """Losses in bf16 beside those in float32; then one training twice: are all bits equal?"""
     size, lr = (args.size, 3e-5) if ON_GPU and args.size == "base" else ("mini", 1e-3)
-    losses = []
-    for bf16 in (False, True):
-        losses += train_on(size, 100, lr, bf16, dropout=0.0, drop_path=0.0)[0]
-    float32, bf16 = np.reshape(losses, (2, 10, 10)).mean(2)  # means of ten steps
+    torch.manual_seed(0)
+    batches = [question_batch(size, 16, 4, seed) for seed in range(8)]
+
+    def train_on(steps, bf16, **dropout):
+        model, optimizer = trainee(size, lr, **dropout)  # seeds its dropout, too
+        losses = []
+        for i in range(steps):
+            factor = train.lr_factor(i, steps, RECIPE.warmup)
+            losses.append(step(model, optimizer, [batches[i % 8]], bf16, factor).item())
+        return losses, [parameter.data for parameter in model.parameters()]
+
+    both = [train_on(100, bf16, dropout=0.0, drop_path=0.0)[0] for bf16 in (False, True)]
+    float32, bf16 = np.reshape(both, (2, 10, 10)).mean(2)  # means of ten steps
     print(f"\nCCLM, {size}, 100 steps: loss {float32[0]:.3f} to {float32[-1]:.3f} in float32, to "
           f"{bf16[-1]:.3f} in bf16; apart by at most {abs(bf16 / float32 - 1).max():.2%}")
     torch.use_deterministic_algorithms(True)
-    runs = [train_on(size, 5, lr, ON_GPU) for _ in range(2)]
+    runs = [train_on(5, ON_GPU)[1] for _ in range(2)]
     torch.use_deterministic_algorithms(False)
-    weights = [[parameter.data for parameter in model.parameters()] for _, model in runs]
-    equal = "equal" if all(map(torch.equal, *weights)) else "OTHER"
+    equal = "equal" if all(map(torch.equal, *runs)) else "OTHER"
     print(f"  --deterministic, dropout on, five steps twice: {equal} bits", flush=True)
 
 
@@ -348,15 +342,13 @@ def answers(args):
         model = answering_cclm(args.size, kind == "knows frequencies")
         four = question_set(args.size, 4, 1, 1)
         rows = {"stand-in": (4, lambda: released_answers(model, four)),
-                "ours, --answers reference": (4, lambda: answer(model, four, "reference"))}
+                "ours, --answers reference": (4, functools.partial(answer, model, four, "reference"))}
         # images, questions to each, languages; an untrained decoder has all first tokens tried
         shapes = [(8, 1, 1), (1, 1, 1), (1, 8, 1), (1, 8, 8)]
         for shape in shapes if kind == "knows frequencies" else [(2, 1, 1)]:
-            name = "{} images x {} questions x {} languages".format(*shape)
+            name = "ours, {} images x {} questions x {} languages".format(*shape)
             asked = question_set(args.size, *shape)
-            run = functools.partial(answer, model, asked)
-            rows[name] = math.prod(shape), run
-            rows[name + ", bf16"] = math.prod(shape), functools.partial(run, bf16=True)
+            rows[name] = math.prod(shape), functools.partial(answer, model, asked)
         _, found = ladder(args, f"xGQA, CCLM, the decoder {kind}", rows)
         same = (found["stand-in"] == found["ours, --answers reference"]).sum()
         print(f"  --answers reference gives {same} of the stand-in's 4 answers", flush=True)
@@ -384,7 +376,7 @@ def pairs(args):
         image, states = pictures(kind, args.size, 1), model.encode_texts(input_ids, mask)
         encoded = model.encode_images(image)
 
-        def score(bf16):  # as evaluation.retrieve does
+        def score(bf16=False):  # as evaluation.retrieve does
             scores = torch.zeros(128, device=DEVICE)
             with torch.autocast(DEVICE.type, torch.bfloat16, bf16):
                 memory = model.image_memory(encoded)
@@ -395,8 +387,7 @@ def pairs(args):
             return scores
 
         theirs = (model, input_ids, mask, states, image, encoded)
-        rows = {"stand-in": (128, lambda: released_scores(*theirs)),
-                "ours": (128, lambda: score(False)), "ours, bf16": (128, lambda: score(True))}
+        rows = {"stand-in": (128, lambda: released_scores(*theirs)), "ours": (128, score)}
         ladder(args, f"An image and 128 captions, {kind}", rows)
 
 
