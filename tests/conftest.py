@@ -158,6 +158,15 @@ def run(flags, main=None):
     return output.getvalue()
 
 
+def refused(function, *arguments, **options):
+    """-> the one line of the error, or the exit status, with which a call ends."""
+    with pytest.raises((ValueError, SystemExit)) as end:  # InputError is a ValueError
+        function(*arguments, **options)
+    error = str(end.value)
+    assert "\n" not in error, error
+    return error
+
+
 def run_processes(*jobs):
     """Run functions at once, each (function, *arguments) in a process of its own. -> exit codes.
 

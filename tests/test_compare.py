@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import train_command
+from conftest import refused, train_command
 
 import data
 import train
@@ -134,14 +134,6 @@ def test_what_is_not_compared(other, message, world):
         compare.main([a, b])
 
 
-def test_runs_on_different_tasks_are_not_compared(world):
-    a, b = make_run(world, "a", {}), make_run(world, "b", {})
-    stored = json.loads((world / "b/args.json").read_text())
-    write(world / "b/args.json", stored | {"fingerprints": {"en/test.jsonl": "0"}})
-    with pytest.raises(InputError, match="tested on different data"):
-        compare.main([a, b])
-
-
 def test_other_pre_trained_weights_are_told(world, capsys):
     a, b = make_run(world, "a", {}), make_run(world, "b", {}, weights="others")
     for other, told in ((a, False), (b, True)):
@@ -181,17 +173,16 @@ def test_forms_of_predictions(id_field, answer_field, kind, world, capsys):
 
 
 @pytest.mark.parametrize("predictions, truth, message", [
-    (5, None, "p.json: "), ([5], None, "p.json: "),
+    ([5], None, "p.json: "),
     ([{"questionId": "1"}], None, "p.json: no field 'prediction'"),
     ([{"id": "1", "prediction": "yes"}], None, "p.json: no field 'answer'"),
-    ([], {}, "t.json: "), ([], 5, "t.json: "), ([], [{}], "t.json, question 0: "),
+    ([], 5, "t.json: "), ([], [{}], "t.json, question 0: "),
 ])
 def test_what_cannot_be_scored(predictions, truth, message, world):
     write(world / "p.json", predictions)
     write(world / "t.json", truth)
-    with pytest.raises(InputError) as error:
-        compare.main(["--score", str(world / "p.json"), "--truth", str(world / "t.json")])
-    assert message in str(error.value)
+    flags = ["--score", str(world / "p.json"), "--truth", str(world / "t.json")]
+    assert message in refused(compare.main, flags)
 
 
 @pytest.mark.parametrize("flags", [[], ["a"], ["a", "b", "c"], ["--score", "p"], ["--truth", "t"]])
