@@ -17,32 +17,23 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, read_json, run, run_processes, save_tiny_checkpoints,
+from conftest import (ROOT, read_json, refused, run, run_processes, save_tiny_checkpoints,
                       train_command)
 
 import data
 import eval as evaluation
 import train
 import uc2
-from model import read_checkpoint
 from tools import few_shot
 
 PAIRS = [(m, t) for m in ("cclm", "uc2") for t in ("xgqa", "xvnli", "xflickrco")]
 SMALL = ["--limit", 32, "--batch-size", 16]  # two steps per epoch
 PAIRED = ["--limit", 16, "--batch-size", 8]  # of retrieval, too, whose pairs grow with the square
-
-
-def refused(flags, main=None):
-    """-> the one line with which a command line ends."""
-    with pytest.raises((data.InputError, SystemExit)) as end:
-        run(flags, main)
-    error = str(end.value)
-    assert "\n" not in error
-    return error
 
 
 def parse(model, task, *flags):
@@ -127,30 +118,22 @@ def test_a_checkpoints_recipe_and_flags():
     assert changed == ["lr 0.5 (paper: 3e-05)", "epochs 2 (paper: 5)"]
     with pytest.raises(data.InputError, match="^own.pt: the recipe it brings.*speed"):
         train.recipe_of(args, {"recipe": {"xgqa": {"speed": 1}}})
-    for pair in PAIRS:
-        args = parse(*pair)
-        args.checkpoint = str(ROOT / "miniature" / f"{args.model}.pt")
-        recipe, _ = train.recipe_of(args, read_checkpoint(args.checkpoint)[1])
-        assert (recipe.suf_k, recipe.batch_size, recipe.dropout) == (1, 64, 0.0)
 
 
 def test_micro_batches():
     """As few equal forward passes as keep each within the recipe's micro batch."""
-    examples = type("Examples", (), {"source": "x", "image_rows": np.arange(400),
-                                     "__len__": lambda self: 400})()
-    passes = []
-    for pair in PAIRS:
+    examples = MagicMock(image_rows=np.arange(400))
+    examples.__len__.return_value = 400
+    for pair, passes in zip(PAIRS, [8, 4, 4, 4, 2, 4]):
         args = parse(*pair)
         train.accumulation(args, train.RECIPES[pair], examples)
-        passes.append(args.grad_accum)
-    assert passes == [8, 4, 4, 4, 2, 4]
+        assert args.grad_accum == passes
 
 
 ALL = {0, 1, 2, 3}
 STRATEGIES = {  # flags -> name, and which of four layers train in each of three epochs of ten steps
     "": ("standard", [ALL] * 3),
     "--suf": ("suf", [{3}, {2, 3}, {1, 2, 3}]),
-    "--suf 3": ("suf3", [{1, 2, 3}, ALL, ALL]),
     "--suf 2 --order random": ("suf2-random", None),
     "--suf --order bottom-up": ("suf-bottom-up", [{0}, {0, 1}, {0, 1, 2}]),
     "--suf --freeze vision embeddings": ("suf-frozen-embeddings-vision", None),
@@ -244,11 +227,8 @@ def test_suf(model, task, tiny, runs):
     # one evaluation after the first of two epochs, a line per step
     assert [entry["epoch"] for entry in log(folder, "languages") if "epoch" in entry] == [1]
     assert len(log(folder, "loss")) == 4
-    assert f"{model} on {task}, suf, seed 0, on cpu" in output.splitlines()[0]
     assert output.splitlines()[-1].startswith("next")
-    args = read_json(folder / "args.json")
-    assert args["args"]["miniature"] is False and args["command"].startswith("python train.py")
-    assert {"de/test.json", "ru/test.jsonl", "zh/test.jsonl"} & args["fingerprints"].keys()
+    assert read_json(folder / "args.json")["args"]["miniature"] is False
 
 
 @pytest.mark.parametrize("flags, still", [
@@ -269,9 +249,9 @@ def test_what_stays_and_what_moves(flags, still, tiny, tmp_path):
 
 def test_clipping_warm_up_and_mode(tiny, tmp_path, monkeypatch):
     """What reaches the optimizer is clipped to 1; warm-up is a share of all steps, not of an epoch;
-    a model trains that comes in evaluation mode, or has been evaluated."""
+    a model that has been evaluated trains in training mode."""
     norms, modes = [], []
-    step, forward, load_model = torch.optim.AdamW.step, uc2.UC2.forward, train.load_model
+    step, forward = torch.optim.AdamW.step, uc2.UC2.forward
 
     def stepping(optimizer, *rest):
         grouped = [group["params"] for group in optimizer.param_groups]
@@ -279,13 +259,7 @@ def test_clipping_warm_up_and_mode(tiny, tmp_path, monkeypatch):
         norms.append(torch.nn.utils.get_total_norm(gradients).item())
         return step(optimizer, *rest)
 
-    def evaluated(*arguments):
-        loaded = load_model(*arguments)
-        loaded[0].eval()
-        return loaded
-
     monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
-    monkeypatch.setattr(train, "load_model", evaluated)
     monkeypatch.setattr(
         uc2.UC2, "forward", lambda self, batch: modes.append(self.training) or forward(self, batch))
     run(train_command(tiny, "uc2", "xgqa", tmp_path / "run", *SMALL, "--eval-every-epoch"))
@@ -391,10 +365,10 @@ def test_few_shot(runs, tmp_path):
     assert len(scores) == 4 and results["development"] == max(scores)
     # xGQA: chosen on the language's own development data
     assert "xGQA/annotations/few_shot/de/dev.json" in output and "on 5 images" in output
-    assert "already here" in refused(flags, few_shot.main)
+    assert "already here" in refused(run, flags, few_shot.main)
     assert "is complete" in run([*flags, "--resume"], few_shot.main)
     wrong = ["xx", *flags[1:5], "--run-dir", tmp_path / "no"]
-    assert "xx" in refused(wrong, few_shot.main)
+    assert "xx" in refused(run, wrong, few_shot.main)
 
 
 def test_few_shot_takes_the_first_of_equal_rates(runs, tmp_path, monkeypatch):
@@ -440,7 +414,6 @@ def test_few_shot_negatives_of_uc2_are_random(runs, tmp_path):
     ("cclm", "xgqa", ["--train-top", -1], "--train-top cannot be -1"),
     ("cclm", "xgqa", ["--lr-decay", 1.5], "--lr-decay cannot be 1.5"),
     ("cclm", "xgqa", ["--lr", "nan"], "--lr cannot be nan"),
-    ("cclm", "xgqa", ["--epochs", 0], "--epochs cannot be 0"),
     ("cclm", "xgqa", ["--suf", "--lr-decay", 0.5], "are alternatives"),
     ("cclm", "xgqa", ["--order", "random"], "belong to --suf, which is not given"),
     ("cclm", "xgqa", ["--data", "", "--tokenizer", ""], "go together"),
@@ -451,35 +424,34 @@ def test_few_shot_negatives_of_uc2_are_random(runs, tmp_path):
     ("uc2", "xgqa", ["--run-dir", ROOT / "train.py" / "run"], "Not a directory"),
     ("uc2", "xvnli", ["--checkpoint", "uc2.pt"], "9"),
     ("uc2", "xgqa", ["--checkpoint", "no.pt"], "no.pt"),
-    ("uc2", "xgqa", ["--tokenizer", "no.model"], "no.model"),
     ("uc2", "xgqa", ["--data", "nowhere"], "nowhere"),
 ])
 def test_refused(model, task, flags, part, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "uc2.pt" in flags:
         save_tiny_checkpoints(tmp_path, feature_width=9)
-    error = refused(train_command(tiny, model, task, tmp_path / "run", *flags))
+    error = refused(run, train_command(tiny, model, task, tmp_path / "run", *flags))
     assert part in error and not (tmp_path / "run").exists()
 
 
 def test_world_size_without_torchrun(tiny, tmp_path, monkeypatch):
     """A cluster may export it; one line instead of a traceback or a wait."""
     monkeypatch.setenv("WORLD_SIZE", "4")
-    error = refused(train_command(tiny, "uc2", "xvnli", tmp_path / "run"))
+    error = refused(run, train_command(tiny, "uc2", "xvnli", tmp_path / "run"))
     assert error.startswith("WORLD_SIZE is set, but not all of RANK")
 
 
 def test_a_full_disk_is_told_at_the_start(tiny, tmp_path, monkeypatch):
     usage = type(shutil.disk_usage("."))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 100))
-    assert "0.0 GB free" in refused(train_command(tiny, "uc2", "xvnli", tmp_path / "run"))
+    assert "0.0 GB free" in refused(run, train_command(tiny, "uc2", "xvnli", tmp_path / "run"))
 
 
 def test_a_run_is_not_overwritten_and_not_mixed(tiny, tmp_path):
     folder = tmp_path / "run"
     flags = train_command(tiny, "uc2", "xvnli", folder, *SMALL)
     run(flags)
-    error = refused(flags)
+    error = refused(run, flags)
     assert f"{folder}: a run is already here" in error and f"--run-dir {folder}-2" in error
     assert "is complete" in run([*flags, "--resume"])
     other = torch.load(tiny / "uc2.pt", weights_only=True)
@@ -491,12 +463,12 @@ def test_a_run_is_not_overwritten_and_not_mixed(tiny, tmp_path):
                          ("--lr", 0.5): "lr was 0.001, now 0.5",
                          ("--precision", "bf16"): "precision was float32, now bf16",
                          ("--checkpoint", tmp_path / "other/uc2.pt"): "uc2.pt was"}.items():
-        error = refused([*flags, "--resume", *change])
+        error = refused(run, [*flags, "--resume", *change])
         assert "cannot resume with other settings: " in error and part in error
 
 
 def test_numbers_that_go_wrong_stop_the_run(tiny, tmp_path):
-    error = refused(train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--lr", "1e15"))
+    error = refused(run, train_command(tiny, "uc2", "xvnli", tmp_path / "run", "--lr", "1e15"))
     assert "at step 3, on the records " in error
 
 
@@ -551,7 +523,7 @@ def test_signals_outside_a_step_end_at_once(module, function, number, tiny, tmp_
 
     flags = train_command(tiny, "uc2", "xvnli", tmp_path / "run", *SMALL, "--eval-every-epoch")
     monkeypatch.setattr(module, function, signalled)
-    assert refused(flags) == str(128 + number)
+    assert refused(run, flags) == str(128 + number)
     if function == "evaluate":  # the epoch before is saved, and evaluated when the run goes on
         monkeypatch.undo()
         assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
@@ -561,12 +533,6 @@ def test_signals_outside_a_step_end_at_once(module, function, number, tiny, tmp_
 
 
 # ---- Several processes
-
-def torchrun(*flags):
-    port = str(20000 + os.getpid() % 20000)
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-            port, *flags]
-
 
 RESUMED = [("cclm", "xflickrco"), ("uc2", "xgqa")]
 
@@ -636,8 +602,10 @@ def test_two_processes_stop_by_a_signal_and_another_number_goes_on(tiny, tmp_pat
     run(train_command(tiny, "uc2", "xvnli", tmp_path / "whole", *flags, "--grad-accum", 2))
     folder = tmp_path / "broken"
     two = train_command(tiny, "uc2", "xvnli", folder, *flags, "--grad-accum", 1)
-    stopped(two, folder, 3, signal.SIGTERM, torchrun())
-    assert "processes x accumulation was 2, now 1" in refused([*two, "--resume"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                "--master_port", str(20000 + os.getpid() % 20000)]
+    stopped(two, folder, 3, signal.SIGTERM, torchrun)
+    assert "processes x accumulation was 2, now 1" in refused(run, [*two, "--resume"])
     run([*two, "--grad-accum", "2", "--resume"])
     assert_close_runs(tmp_path / "whole", folder)
 
