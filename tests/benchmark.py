@@ -89,7 +89,7 @@ def ladder(args, title, rows):
     for name, median in medians.items():
         each = median / rows[name][0]
         first = first or each
-        print(f"  {name:46} {median:8.3f} s for {rows[name][0]:4} {first / each:7.2f}x "
+        print(f"  {name:50} {median:8.3f} s for {rows[name][0]:4} {first / each:7.2f}x "
               f"{peaks[name] / 1e9:+7.2f} GB", flush=True)
     if {"ours", "stand-in"} <= medians.keys():
         ours, theirs = outputs["ours"], outputs["stand-in"]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TOKENIZER, read_json, run, train_command
+from conftest import ROOT, TOKENIZER, read_json, refused, run, train_command
 
 import data
 import eval as evaluation
@@ -272,9 +272,7 @@ def test_checkout_that_moved(copy, tiny, monkeypatch):
     (["--speed", "2"], "unrecognized arguments: --speed 2"),
 ])
 def test_what_cannot_be_evaluated(flags, message, runs):
-    with pytest.raises(InputError) as error:
-        run_eval(runs / "uc2-xvnli", *flags)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in refused(run_eval, runs / "uc2-xvnli", *flags)
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -288,9 +286,7 @@ def test_damaged_runs(name, content, message, copy):
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(content)
-    with pytest.raises(InputError) as error:
-        run_eval(folder)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in refused(run_eval, folder)
     (folder / "results.json").unlink()
     with pytest.raises(InputError, match="this run is not finished"):
         evaluation.read_results(folder)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Bomb
+from conftest import ROOT, Bomb, refused
 from torch.nn import functional as F
 
 import cclm
@@ -131,13 +131,6 @@ def test_original_uc2_at_full_size():
             (uc2_original.convert, (extra, {}), "unknown tensor 'extra'"),
             (uc2_original.convert, (content["model"], {}), "not UC2's original file")):
         assert message in refused(function, *arguments, "file")
-
-
-def refused(function, *arguments, **options):
-    with pytest.raises(ValueError) as error:
-        function(*arguments, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ---- Strict loading

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from schedule import (apply, backward_share, check_partition, layer_decay, parameters, rate_shares,
@@ -37,15 +36,11 @@ class Classifier(nn.Module):
         self.embedding, self.head = nn.Embedding(30, width), nn.Linear(width, 3)
         self.layers = nn.ModuleList(deepcopy(layer) for _ in range(num_layers))
         self.outside = [self.embedding, self.head]
-        self.checkpointing = False
 
     def forward(self, input_ids):
         hidden = self.embedding(input_ids)  # [B, T, D]
         for layer in self.layers:
-            if self.checkpointing:
-                hidden = checkpoint(layer, hidden, use_reentrant=False)
-            else:
-                hidden = layer(hidden)
+            hidden = layer(hidden)
         return self.head(hidden[:, 0])  # [B, 3]
 
 
@@ -193,20 +188,6 @@ def test_frozen_is_not_eval_mode():
     apply([layer], set())
     x = torch.randn(8, 4) + 3
     assert not torch.equal(layer(x), layer(x)) and (layer[0].running_mean != 0).all()
-
-
-def test_gradient_checkpointing():
-    """Gradients of the plain model, also where nothing below the thawed layers needs any."""
-    model = new_classifier()
-    model.embedding.requires_grad_(False)
-    for trainable in (suf(0, N, 2), suf(1, N, 2)):
-        apply(model.layers, trainable)
-        model.checkpointing = False
-        expected = backward(model, 0)
-        model.checkpointing = True
-        found = backward(model, 0)
-        assert found.keys() == names_of(model, trainable) - {"embedding.weight"}
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # ---- Adapters and quantised weights: what is frozen for good
