@@ -38,6 +38,7 @@ def write_run(folder, numbers, model="cclm", task="xgqa", strategy="standard", s
         for language in languages:
             results[language] = scores_of(task, english if language == "en" else others)
         lines.append({"step": epoch, "epoch": epoch, "languages": results})
+    del lines[-1]["epoch"]  # as train.py writes the last evaluation
     log = "".join(json.dumps(line) + "\n" for line in [{"step": 1, "epoch": 1, "loss": 1.0}, *lines])
     (folder / "log.jsonl").write_text(log)
     results = {"model": model, "task": task, "strategy": strategy, "seed": seed} | lines[-1]
@@ -265,6 +266,9 @@ def test_alignment(tmp_path):
     ({"seed": 1, "recipe": {"lr": 0.5}}, "differ in lr"),
     ({"seed": 1, "limit": 8}, "differ in limit"),
     ({"seed": 1, "answers": "reference"}, "differ in answers"),
+    ({"seed": 1, "precision": "bf16"}, "differ in precision"),
+    ({"seed": 1, "questions_per_image": 4}, "differ in questions_per_image"),
+    ({"seed": 1, "first_image_negatives": True}, "differ in first_image_negatives"),
     ({"seed": 1, "files": {"/model.pt": "b"}}, "differ in data, checkpoint or tokenizer"),
 ])
 def test_runs_that_cannot_share_a_table(other, message, tmp_path):

@@ -448,6 +448,11 @@ def test_shared_images(picture_folder):
     assert len(shared["images"]) == 2 and len(single["images"]) == 4
     assert torch.equal(shared["images"][shared["image_index"]], single["images"])
     assert shared["ids"] == ["7", "1", "2", "6"] and shared["targets"].tolist() == [[0, 1]] * 4
+    # not mirrored where one of its questions is about sides: that of item 1, of the first image
+    texts = ["is it big", "is it left"] + ["is it big"] * 10
+    dataset = make_batches(picture_folder, share_images=True, texts=texts)
+    dataset.pictures.batch = lambda rows, may_flip, seeds: {"may_flip": may_flip}
+    assert dataset.batch(item)["may_flip"] == [False, True]
 
 
 def ranking(folder, pools=None, first_image_bug=False, counts=(3, 1, 2, 2, 4)):
@@ -474,16 +479,18 @@ def pairs_of(dataset, epoch, indices):
 def test_ranking_pairs(tmp_path):
     pools = {0: np.array([1, 3]), 2: np.array([4])}
     dataset = ranking(write_features(tmp_path / "f", [3] * 5), pools)
-    rows, hard = dataset.examples.image_rows, {}
+    rows, hard, others = dataset.examples.image_rows, {}, set()
     for epoch in range(30):
         indices = np.random.default_rng(epoch).permutation(12)[:4]
         for index, item in zip(indices, pairs_of(dataset, epoch, indices)):
             match, other_caption, other_image, similar = item
+            others.add(other_caption[1])
             assert match == (rows[index], index)
             assert other_caption[0] == rows[index] and rows[other_caption[1]] != rows[index]
             assert other_image[0] != rows[index] and other_image[1] == index
             assert similar[0] == rows[index] and rows[similar[1]] != rows[index]
             hard.setdefault(rows[index], set()).add(int(rows[similar[1]]))
+    assert others == set(range(12))  # any caption of an image, not its first alone
     assert hard[0] == {1, 3} and hard[2] == {4}  # of the pools
     assert all(len(hard[image]) > 2 for image in (1, 3, 4))  # without a pool: any other image
 

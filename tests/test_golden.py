@@ -22,7 +22,7 @@ import uc2
 from cclm import rank_answers
 from model import file_tensors, key_mask, select
 from tools import uc2_original
-from vit import IMAGE_STD, geometric_offsets, normalize, resize_position_table
+from vit import IMAGE_MEAN, IMAGE_STD, geometric_offsets, normalize, resize_position_table
 
 NO_LIMITS = SimpleNamespace(clean="", train_words=None, test_words=None, train_tokens=None,
                             test_tokens=None)
@@ -516,6 +516,8 @@ def test_image_transform(golden):
     pixels = normalize(data.to_tensor(data.resize(image, size))[None])[0]
     error = (pixels - golden[name]) * torch.tensor(IMAGE_STD).view(3, 1, 1)
     assert error.abs().max() <= 2 / 255  # ours is rounded to a byte first
+    white = normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8))[0, :, 0, 0]
+    assert_close(white * torch.tensor(IMAGE_STD) + torch.tensor(IMAGE_MEAN), torch.ones(3))
 
 
 @files("_inputs.pt")

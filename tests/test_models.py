@@ -87,6 +87,7 @@ def test_official_cclm(task, official_cclm):
     expected = CCLM_FILES[CCLM_NAMES[task]]
     assert shapes_of(file_tensors(model)) == expected
     assert len(model.layers) == 18 and model.longest_text == 512
+    assert cclm.LABELS == ("contradiction", "entailment", "neutral")  # the reference's class ids
     # parameters, without aliases and buffers: facts on the reference's models
     counts = {"xgqa": 670_089_426, "xvnli": 421_327_683, "xflickrco": 421_719_875}
     assert sum(parameter.numel() for parameter in model.parameters()) == counts[task]

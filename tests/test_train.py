@@ -120,14 +120,16 @@ def test_a_checkpoints_recipe_and_flags():
         train.recipe_of(args, {"recipe": {"xgqa": {"speed": 1}}})
 
 
-def test_micro_batches():
+def test_micro_batches(monkeypatch):
     """As few equal forward passes as keep each within the recipe's micro batch."""
     examples = MagicMock(image_rows=np.arange(400))
     examples.__len__.return_value = 400
-    for pair, passes in zip(PAIRS, [8, 4, 4, 4, 2, 4]):
-        args = parse(*pair)
-        train.accumulation(args, train.RECIPES[pair], examples)
-        assert args.grad_accum == passes
+    for processes, expected in ((1, [8, 4, 4, 4, 2, 4]), (4, [2, 1, 1, 1, 1, 1])):
+        monkeypatch.setattr(train, "ranks", lambda: (0, processes))
+        for pair, passes in zip(PAIRS, expected):
+            args = parse(*pair)
+            train.accumulation(args, train.RECIPES[pair], examples)
+            assert args.grad_accum == passes
 
 
 ALL = {0, 1, 2, 3}
@@ -157,7 +159,7 @@ def test_names_of_strategies_and_their_layers(flags):
 
 def test_learning_rates():
     """Layer-wise decay and what is outside the layers; SUF's share of the rate, and its inverse."""
-    recipe = train.Recipe(3, 1, 1.0, vision_lr=0.5, suf_k=1, warmup=0.0)
+    recipe = train.Recipe(3, 1, 1.0, vision_lr=0.5, suf_k=1, warmup=0.5)
 
     def rates(*flags):
         return list(train.learning_rates(parse("cclm", "xgqa", *flags), recipe, 2, 3).values())
@@ -165,9 +167,9 @@ def test_learning_rates():
     assert rates() == [1, 1, 1, 1, 0.5, 1]
     assert rates("--lr-decay", "0.5") == [0.25, 0.5, 1, 0.125, 0.5, 1]
     assert rates("--lr-decay", "0.5", "--embedding-lr", "2")[3] == 1  # as the recipe's, not decayed
-    # factors 6 5 | 4 3 | 2 1 of 6 over three epochs: the bottom layer has 3 of 21, the middle 10
-    assert rates("--suf", "--only", "less")[:3] == pytest.approx([3 / 21, 10 / 21, 1])
-    assert rates("--suf", "--only", "later")[:3] == pytest.approx([21 / 3, 21 / 10, 1])
+    # factors 0 1 | 2 3 | 2 1 of 3 over three epochs: the bottom layer has 3 of 9, the middle 8
+    assert rates("--suf", "--only", "less")[:3] == pytest.approx([3 / 9, 8 / 9, 1])
+    assert rates("--suf", "--only", "later")[:3] == pytest.approx([9 / 3, 9 / 8, 1])
 
 
 # ---- Every model, task and strategy
@@ -297,9 +299,10 @@ def test_dropout_differs_over_seed_step_and_part():
     assert len(drawn) == 4 and float(torch.rand(())) in drawn
 
 
-def training_data(run, folder=None, augment=True):
+def training_data(run, folder=None, augment=True, **settings):
     """train.training_data with the settings of a run, where given on other data."""
     args, recipe = evaluation.read_run(str(run))
+    vars(args).update(settings)
     args.data, recipe.augment = str(folder or args.data), augment
     labels = data.read_labels(args.data) if args.task == "xgqa" else []
     return train.training_data(args, recipe, data.Tokenizer(args.tokenizer), labels, "train")
@@ -323,10 +326,23 @@ def test_xvnli_without_gold_label(tiny, runs, tmp_path):
     assert counts == [63, 64]
 
 
-def test_questions_per_image(tiny, tmp_path):
+def test_the_mistake_in_iglues_code_is_only_made_if_asked_for(runs):
+    for asked in (False, True):
+        folder = runs("uc2", "xflickrco")[0]
+        captions = training_data(folder, first_image_negatives=asked)[1].captions_of
+        assert all(np.array_equal(some, captions[0]) for some in captions) == asked
+
+
+def test_questions_per_image(tiny, tmp_path, monkeypatch):
+    """Those of an image share batches, in the order of the run's seed."""
+    seen, batch = [], data.TrainingBatches.batch
+    monkeypatch.setattr(data.TrainingBatches, "batch", lambda self, item: (
+        seen.append((self.examples, item[1].tolist())) or batch(self, item)))
     run(train_command(tiny, "cclm", "xgqa", tmp_path / "run", *SMALL, "--questions-per-image", 4,
-                      "--epochs", 1))
-    assert len(log(tmp_path / "run", "loss")) == 2
+                      "--epochs", 1, "--seed", 1))
+    examples = seen[0][0]
+    expected = data.epoch_batches(examples.lengths, 16, 1, 0, groups=examples.image_rows, group_size=4)
+    assert [indices for _, indices in seen] == expected.tolist()
 
 
 def without_dropout(tiny, folder, model, task):
@@ -335,6 +351,21 @@ def without_dropout(tiny, folder, model, task):
     file["config"]["recipe"][task] |= {"dropout": 0.0, "drop_path": 0.0}
     torch.save(file, folder / "no-dropout.pt")
     return ["--checkpoint", folder / "no-dropout.pt"]
+
+
+@pytest.mark.parametrize("model, name", [("cclm", "decoder.embeddings.word.weight"),
+                                         ("uc2", "answer_head.3.weight")])
+def test_what_no_checkpoint_provides(model, name, tiny, tmp_path):
+    """New weights start as BERT's and differ over seeds; dropout is the recipe's."""
+    found = []
+    for seed in "01":
+        args = parse(model, "xgqa", "--seed", seed)
+        _, args.checkpoint = without_dropout(tiny, tmp_path, model, "xgqa")
+        loaded = train.load_model(args, "cpu", 500)[0]
+        found.append(loaded.get_parameter(name))
+    assert not torch.equal(*found) and 0.019 < found[0].std() < 0.021
+    for module in loaded.modules():
+        assert getattr(module, "p", 0) == getattr(module, "drop_path", 0) == 0
 
 
 def test_compile_across_phases_equals_eager(tiny, tmp_path, monkeypatch):
@@ -454,6 +485,9 @@ def test_a_run_is_not_overwritten_and_not_mixed(tiny, tmp_path):
     error = refused(run, flags)
     assert f"{folder}: a run is already here" in error and f"--run-dir {folder}-2" in error
     assert "is complete" in run([*flags, "--resume"])
+    read = read_json(folder / "args.json")["fingerprints"]
+    assert {"en/train.jsonl", "en/test.jsonl", "ru/test.jsonl", "uc2.pt"} <= {
+        name.removeprefix(f"{tiny.name}/") for name in read}
     other = torch.load(tiny / "uc2.pt", weights_only=True)
     other["model"]["bert.t_pooler.dense.bias"] += 1
     (tmp_path / "other").mkdir()
@@ -461,6 +495,8 @@ def test_a_run_is_not_overwritten_and_not_mixed(tiny, tmp_path):
     (folder / "results.json").unlink()
     for change, part in {("--suf", 2): "strategy was standard, now suf2",
                          ("--lr", 0.5): "lr was 0.001, now 0.5",
+                         ("--seed", 1): "seed was 0, now 1",
+                         ("--limit", 48): "limit was 32, now 48",
                          ("--precision", "bf16"): "precision was float32, now bf16",
                          ("--checkpoint", tmp_path / "other/uc2.pt"): "uc2.pt was"}.items():
         error = refused(run, [*flags, "--resume", *change])
